@@ -1,0 +1,99 @@
+# The one door to this repository. `make help` lists what can be done.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+            $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; \
+          done; echo python3)
+
+# Read by tools/environment.py and by docker-bake.hcl.
+export TORCH_INDEX ?=
+export REGISTRY ?= docker.io/example
+export TAG ?= dev
+export PLATFORM ?= linux/amd64
+export CACHE ?=
+export MODEL_NAME ?=
+export MODEL_REVISION ?=
+ifndef REVISION
+export REVISION := $(shell git rev-parse HEAD 2>/dev/null)
+endif
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PY   := $(BIN)/python
+MADE := $(VENV)/.made
+BAKE := docker buildx bake --file docker-bake.hcl
+
+# A worker is a folder of workers/ with a file in it.
+WORKERS := $(sort $(foreach file,$(filter-out %/__pycache__,$(wildcard workers/*/*)),$(word 2,$(subst /, ,$(file)))))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-fast lint fmt bench docs lock new-worker clean build push \
+        $(foreach verb,run serve build push,$(WORKERS:%=$(verb)-%))
+
+##@ Try it
+run: run-sentence-transformers ## The embeddings worker with a real model, on this machine, from start to end
+$(WORKERS:%=run-%): run-%: $(MADE) ## Start a worker here, send it real requests, print the answers
+	@$(PY) -m local run $* $(ARGS)
+$(WORKERS:%=serve-%): serve-%: $(MADE) ## The same, left running: a RunPod endpoint on loopback
+	@$(PY) -m local serve $* $(ARGS)
+
+##@ Develop
+setup: $(MADE) ## Make the environment in .venv; every target that needs it does so by itself
+test: $(MADE) ## Every test
+	@$(PY) -m pytest $(ARGS)
+test-fast: $(MADE) ## The tests that load no model and start no worker
+	@$(PY) -m pytest -m 'not engine' $(ARGS)
+lint: $(MADE) ## Style, types, Dockerfiles, workflows; changes nothing
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet . || { echo 'Not formatted: make fmt'; exit 1; }
+	@$(BIN)/mypy
+	@for worker in $(WORKERS); do $(BIN)/mypy workers/$$worker/handler.py || exit 1; done
+	@$(BIN)/hadolint workers/*/Dockerfile
+	@$(BIN)/zizmor --offline --quiet .github/workflows
+fmt: $(MADE) ## Format the code and mend what can be mended
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format --quiet .
+bench: $(MADE) ## This project beside the naive handlers and other servers (see benchmarks/)
+	@$(PY) -m benchmarks $(ARGS)
+docs: $(MADE) ## Write the tables in the READMEs from the code
+	@$(PY) -m tools.docs
+lock: $(MADE) ## Compile the locks; UPGRADE=1 takes newer versions of everything
+	@$(PY) -m tools.lock $(if $(UPGRADE),--upgrade)
+new-worker: $(MADE) ## Scaffold a worker whose tests pass at once: make new-worker NAME=my-model
+	@$(PY) -m tools.new_worker $(NAME)
+clean: ## Remove the environment and every cache
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+##@ Ship (needs Docker with buildx 0.13 or newer)
+build: ## Build every image into the local engine
+	@$(BAKE) --load
+push: ## Build every image and push it, with provenance and SBOM
+	@$(BAKE) --push release
+$(WORKERS:%=build-%): build-%: ## Build one image into the local engine
+	@$(BAKE) --load $*
+$(WORKERS:%=push-%): push-%: ## Build one image and push it, with provenance and SBOM
+	@$(BAKE) --push $*-release
+
+##@ And
+help: ## This list
+	@awk '/^##@ / { print "\n" substr($$0, 5) } \
+	  /^[^#\t].*## / { name = $$1; sub(/^\$$\(WORKERS:%=/, "", name); sub(/%?[):]*$$/, "", name); \
+	                   if ($$1 ~ /WORKERS/) name = name "<worker>"; \
+	                   sub(/.*## /, ""); printf "  make %-17s %s\n", name, $$0 }' $(MAKEFILE_LIST)
+	@printf '\nWhere <worker> is one of: $(WORKERS)\n'
+	@printf '\nVariables, as in make test PYTHON=python3.12\n'
+	@printf '  %-15s %s\n' \
+	  PYTHON 'the Python that makes .venv, 3.11 or newer [$(PYTHON)]' \
+	  TORCH_INDEX 'where torch comes from, when not PyPI [$(TORCH_INDEX)]' \
+	  '' 'https://download.pytorch.org/whl/cpu has the small build without CUDA' \
+	  ARGS 'passed on, as in make test ARGS="-k volume -x" [$(ARGS)]' \
+	  REGISTRY 'where images are named and pushed [$(REGISTRY)]' \
+	  TAG 'dev, or a release such as 1.4.2 [$(TAG)]' \
+	  PLATFORM 'of the images [$(PLATFORM)]' \
+	  CACHE 'registry: keep a build cache beside each image [$(CACHE)]' \
+	  MODEL_NAME 'a model to bake into the image [$(MODEL_NAME)]' \
+	  MODEL_REVISION 'its revision [$(MODEL_REVISION)]' \
+	  HF_TOKEN 'from the environment only, for a gated model that is baked in'
+
+$(MADE): requirements-dev.txt workers/torch.in tools/environment.py
+	@$(PYTHON) tools/environment.py $(VENV)

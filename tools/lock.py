@@ -1,0 +1,110 @@
+"""Compiles the locks: `make lock`, or `make lock UPGRADE=1` for newer versions of everything.
+
+Three steps, each holding the next to its versions:
+
+1. workers/torch.in -> workers/torch.txt: torch with its CUDA wheels, the same in every torch image.
+2. requirements-dev.in and every worker's requirements.in together -> requirements-dev.txt, without torch
+   and CUDA. Resolving the union first means that one environment can test all the workers.
+3. each workers/<name>/requirements.in -> requirements.txt, at the versions of 1 and 2. A worker that says
+   `-c ../torch.txt` installs that file first, so its own lock leaves those packages out.
+
+Locks are universal (Python 3.11 and up, every platform), pinned and hashed. Versions already in a lock are
+kept unless an upgrade is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from tools.workers import ROOT, worker_names
+
+TORCH_LOCK = Path("workers/torch.txt")
+DEV_LOCK = Path("requirements-dev.txt")
+# What only a CUDA build of torch brings along: a development machine may have a CPU build.
+CUDA_ONLY = re.compile(r"torch|triton|nvidia-.*|cuda-.*")
+
+
+def pins(lock: Path) -> dict[str, str]:
+    """Package names and versions of a lock file, hashes and markers left out."""
+    return dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", lock.read_text(), re.MULTILINE))
+
+
+def uses_torch(requirements: Path) -> bool:
+    """True where the worker's image installs workers/torch.txt below its own lock."""
+    return "-c ../torch.txt" in requirements.read_text().splitlines()
+
+
+def compile_lock(
+    inputs: Iterable[Path],
+    lock: Path,
+    *,
+    root: Path,
+    output: Path | None = None,
+    constraints: Iterable[Path] = (),
+    leave_out: Iterable[str] = (),
+    upgrade: bool = False,
+) -> None:
+    """Run `uv pip compile`. Paths are relative to `root`; `output` takes the place of `lock` as the target.
+
+    Raises SystemExit with uv's own explanation when the requirements cannot be met.
+    """
+    command = ["uv", "pip", "compile", *map(str, inputs), "--output-file", str(output or lock)]
+    command += ["--universal", "--python-version", "3.11", "--fork-strategy", "fewest", "--generate-hashes"]
+    # Where a package came from is the business of each machine, not of the lock.
+    command += ["--no-emit-index-url", "--no-emit-find-links", "--custom-compile-command", "make lock", "--quiet"]
+    for constraint in constraints:
+        command += ["--constraint", str(constraint)]
+    for name in leave_out:
+        command += ["--no-emit-package", name]
+    if upgrade:
+        command.append("--upgrade")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{lock} cannot be compiled:\n{done.stderr.strip()}")
+
+
+def lock_torch(*, root: Path = ROOT, output: Path | None = None, upgrade: bool = False) -> None:
+    compile_lock([Path("workers/torch.in")], TORCH_LOCK, root=root, output=output, upgrade=upgrade)
+
+
+def lock_dev(*, root: Path = ROOT, output: Path | None = None, upgrade: bool = False) -> None:
+    inputs = [Path("requirements-dev.in")]
+    inputs += [Path("workers", name, "requirements.in") for name in worker_names(root)]
+    cuda = [name for name in pins(root / TORCH_LOCK) if CUDA_ONLY.fullmatch(name)]
+    compile_lock(
+        inputs, DEV_LOCK, root=root, output=output, constraints=[TORCH_LOCK], leave_out=cuda, upgrade=upgrade
+    )
+
+
+def lock_worker(name: str, *, root: Path = ROOT, output: Path | None = None) -> None:
+    folder = Path("workers", name)
+    source = folder / "requirements.in"
+    compile_lock(
+        [source],
+        folder / "requirements.txt",
+        root=root,
+        output=output,
+        constraints=[DEV_LOCK],
+        leave_out=pins(root / TORCH_LOCK) if uses_torch(root / source) else (),
+    )
+
+
+def main() -> None:
+    upgrade = "--upgrade" in sys.argv[1:]
+    print("workers/torch.txt", flush=True)
+    lock_torch(upgrade=upgrade)
+    print("requirements-dev.txt", flush=True)
+    lock_dev(upgrade=upgrade)
+    for name in worker_names():
+        print(f"workers/{name}/requirements.txt", flush=True)
+        lock_worker(name)
+
+
+if __name__ == "__main__":
+    main()
