@@ -1,0 +1,480 @@
+"""The engine is a plain function here; the thread, the loop and the futures are the real ones."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import random
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from shared.batching import Batcher
+
+BUDGET = 100
+
+
+class Text(NamedTuple):
+    name: Any
+    length: int
+    key: str = ""
+
+
+class Engine:
+    """Answers every item with itself, and keeps what it ran. It waits at the gate where one is set."""
+
+    def __init__(self, poison: Sequence[Any] = (), error: BaseException | None = None) -> None:
+        self.batches: list[list[Text]] = []
+        self.poison = set(poison)
+        self.error = error or ValueError("poison")
+        self.gate = threading.Event()
+        self.gate.set()
+        self.started = threading.Event()
+
+    def __call__(self, items: list[Text]) -> list[Text]:
+        self.batches.append(items)
+        self.started.set()
+        assert self.gate.wait(10)
+        if self.poison & {item.name for item in items}:
+            raise self.error
+        return items
+
+    def batcher(self, **options: Any) -> Batcher[Text, Text]:
+        return Batcher(
+            self,
+            **{"budget": BUDGET, "length": lambda item: item.length, "key": lambda item: item.key, **options},
+        )
+
+
+async def together(batcher: Batcher[Text, Text], items: Sequence[Text]) -> list[Any]:
+    """Each item as a request of its own, all in one tick; exceptions as results."""
+    answers = await asyncio.gather(*(batcher.submit([item]) for item in items), return_exceptions=True)
+    return [answer if isinstance(answer, BaseException) else answer[0] for answer in answers]
+
+
+def cost(batch: Sequence[Text]) -> int:
+    return max(item.length for item in batch) * len(batch)
+
+
+def fewest(lengths: Sequence[int], most: int) -> int:
+    """By looking at every partition."""
+
+    def place(rest: Sequence[int], groups: list[list[int]]) -> int:
+        if not rest:
+            return len(groups)
+        best = len(lengths)
+        for group in groups:
+            if len(group) < most and max(*group, rest[0]) * (len(group) + 1) <= BUDGET:
+                group.append(rest[0])
+                best = min(best, place(rest[1:], groups))
+                group.pop()
+        return min(best, place(rest[1:], [*groups, [rest[0]]]))
+
+    return place(lengths, [])
+
+
+# Packing
+
+
+async def test_64_waiting_requests_run_in_the_fewest_batches() -> None:
+    rng = random.Random(7)
+    items = [Text(n, rng.randint(5, 60)) for n in range(64)]
+    engine = Engine()
+    assert await together(engine.batcher(), items) == items
+    # Slots that an item of this length can share; a batch led by the longest of the rest has the fewest.
+    rest, batches = sorted((item.length for item in items), reverse=True), 0
+    while rest:
+        rest, batches = rest[BUDGET // rest[0] :], batches + 1
+    assert len(engine.batches) == batches > 8
+    assert all(cost(batch) <= BUDGET for batch in engine.batches)
+
+
+@given(st.lists(st.integers(1, 130), min_size=1, max_size=8), st.integers(1, 5))
+def test_no_partition_needs_fewer_batches(lengths: list[int], most: int) -> None:
+    engine = Engine()
+    items = [Text(n, length) for n, length in enumerate(lengths)]
+    asyncio.run(together(engine.batcher(max_items=most, patience=1), items))
+    assert len(engine.batches) == fewest(lengths, most)
+    assert all(len(batch) == 1 or (cost(batch) <= BUDGET and len(batch) <= most) for batch in engine.batches)
+
+
+async def test_one_job_runs_in_the_fewest_batches_through_its_window() -> None:
+    items = [Text(n, 1 + n % 50) for n in range(600)]
+    windowed, whole = Engine(), Engine()
+    assert await windowed.batcher(window=1).submit(items) == items
+    assert await whole.batcher(window=10_000).submit(items) == items
+    assert len(windowed.batches) == len(whole.batches)
+
+
+async def test_keys_are_never_mixed_and_late_comers_join() -> None:
+    engine = Engine()
+    batcher = engine.batcher()
+    engine.gate.clear()
+    first = asyncio.ensure_future(batcher.submit([Text("first", 10)]))
+    await asyncio.to_thread(engine.started.wait)
+    late = [asyncio.ensure_future(batcher.submit([Text(n, 10, "ab"[n % 2])])) for n in range(6)]
+    await asyncio.sleep(0.01)
+    engine.gate.set()
+    await asyncio.gather(first, *late)
+    assert [[item.name for item in batch] for batch in engine.batches] == [["first"], [0, 2, 4], [1, 3, 5]]
+
+
+# Fairness
+
+
+async def flood(batcher: Batcher[Text, Text], engine: Engine, length: int, stop: Callable[[], bool]) -> None:
+    """Keeps the queue full of fresh items of this length."""
+    pending: set[asyncio.Future[Any]] = set()
+    for number in itertools.count():
+        if stop():
+            break
+        pending.add(asyncio.ensure_future(batcher.submit([Text(f"flood{number}", length)])))
+        if len(pending) >= 20:
+            _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.gather(*pending)
+
+
+@pytest.mark.parametrize("item", [Text("short", 1), Text("other key", 50, "b")])
+async def test_nobody_starves(item: Text) -> None:
+    """20 older items at two a batch, and fresh ones for ever: the bound is patience + 20."""
+    engine = Engine()
+    batcher = engine.batcher(patience=5)
+    answered = asyncio.Event()
+    flooding = asyncio.ensure_future(flood(batcher, engine, 50, answered.is_set))
+    await asyncio.sleep(0.01)
+    before = len(engine.batches)
+    async with asyncio.timeout(20):
+        await batcher.submit([item])
+    answered.set()
+    await flooding
+    waited = next(n for n, batch in enumerate(engine.batches) if item in batch) - before
+    assert waited <= 1 + 5 + 20
+
+
+async def test_a_short_request_passes_a_job_of_10_000() -> None:
+    engine = Engine()
+    batcher = engine.batcher(patience=8)
+    rng = random.Random(3)
+    big = [Text(n, rng.randint(5, 50)) for n in range(10_000)]
+    engine.gate.clear()
+    job = asyncio.ensure_future(batcher.submit(big))
+    await asyncio.to_thread(engine.started.wait)
+    lone = asyncio.ensure_future(batcher.submit([Text("lone", 1)]))
+    await asyncio.sleep(0)
+    engine.gate.set()
+    await lone
+    assert not job.done()
+    position = next(n for n, batch in enumerate(engine.batches) if Text("lone", 1) in batch)
+    assert position <= 1 + 8
+    assert await job == big
+    assert len(engine.batches) > 1_000
+
+
+async def test_two_big_jobs_advance_side_by_side() -> None:
+    engine = Engine()
+    batcher = engine.batcher()
+    jobs = [[Text((name, n), 20) for n in range(1_000)] for name in "ab"]
+    order: list[str] = []
+    tasks = [asyncio.ensure_future(batcher.submit(job)) for job in jobs]
+    assert await asyncio.gather(*tasks) == jobs
+    order = [item.name[0] for batch in engine.batches for item in batch]
+    assert 0.4 < order[:1_000].count("a") / 1_000 < 0.6
+
+
+# The idle engine
+
+
+async def test_an_idle_engine_starts_at_once_and_takes_a_tick_together() -> None:
+    engine = Engine()
+    batcher = engine.batcher()
+    items = [Text(n, 10) for n in range(10)]
+    assert await together(batcher, items) == items
+    assert len(engine.batches) == 1
+
+    def direct() -> float:
+        start = time.perf_counter()
+        engine([items[0]])
+        return time.perf_counter() - start
+
+    async def batched() -> float:
+        start = time.perf_counter()
+        await batcher.submit([items[0]])
+        return time.perf_counter() - start
+
+    added = [await batched() - direct() for _ in range(200)]
+    # A thread hop and back, 0.1 ms on an idle machine. Any timer would be milliseconds in every call, so the
+    # lower quartile tells them apart on a busy machine as well.
+    assert statistics.quantiles(added, n=4)[0] < 0.002
+
+
+async def test_a_busy_engine_has_no_gaps() -> None:
+    """Batches of 5 ms one after another: what is added to each is a turn of the loop, not a poll."""
+
+    def run(items: list[Text]) -> list[Text]:
+        spans.append([time.perf_counter()])
+        time.sleep(0.005)
+        spans[-1].append(time.perf_counter())
+        return items
+
+    spans: list[list[float]] = []
+    batcher: Batcher[Text, Text] = Batcher(run, budget=1, length=lambda item: item.length)
+    await together(batcher, [Text(n, 1) for n in range(40)])
+    gaps = [after[0] - before[1] for before, after in itertools.pairwise(spans)]
+    assert len(gaps) == 39
+    assert statistics.quantiles(gaps, n=4)[0] < 0.002
+
+
+# Order, identity and cancellation
+
+arrivals = st.lists(
+    st.tuples(
+        st.lists(st.tuples(st.integers(0, 130), st.sampled_from("abc")), max_size=12),
+        st.integers(0, 3),  # ticks until the next request
+        st.sampled_from([False, False, False, True]),  # cancelled, a tick after it came
+    ),
+    min_size=1,
+    max_size=25,
+)
+
+
+@given(
+    arrivals, st.integers(1, 4), st.integers(1, 3), st.none() | st.integers(1, 5), st.sets(st.integers(0, 24))
+)
+@settings(max_examples=150, deadline=None)
+@example([([(5, "a")], 0, True)] * 3, 1, 1, None, set())
+def test_order_and_identity_under_random_arrival(
+    requests: list[tuple[list[tuple[int, str]], int, bool]],
+    patience: int,
+    window: int,
+    most: int | None,
+    poisoned: set[int],
+) -> None:
+    engine = Engine(poison=[(number, 0) for number in poisoned])
+    sent = [
+        [Text((number, n), length, key) for n, (length, key) in enumerate(items)]
+        for number, (items, _, _) in enumerate(requests)
+    ]
+
+    async def scenario() -> list[Any]:
+        batcher = engine.batcher(patience=patience, window=window, max_items=most)
+        tasks: list[asyncio.Task[Any]] = []
+        for items, (_, ticks, cancelled) in zip(sent, requests, strict=True):
+            tasks.append(asyncio.ensure_future(batcher.submit(items)))
+            for _ in range(ticks + cancelled):
+                await asyncio.sleep(0)
+            if cancelled:
+                tasks[-1].cancel()
+        async with asyncio.timeout(20):
+            return await asyncio.gather(*tasks, return_exceptions=True)
+
+    answers = asyncio.run(scenario())
+    for number, (answer, items, (_, _, cancelled)) in enumerate(zip(answers, sent, requests, strict=True)):
+        if cancelled and isinstance(answer, asyncio.CancelledError):
+            continue
+        if number in poisoned and items:
+            assert answer is engine.error
+        else:
+            assert answer == items
+            assert all(got is item for got, item in zip(answer, items, strict=True))
+    for batch in engine.batches:
+        assert len({item.key for item in batch}) == 1
+        assert len(batch) <= (most or BUDGET)
+        assert (
+            len(batch) == 1 or cost([item._replace(length=max(1, item.length)) for item in batch]) <= BUDGET
+        )
+
+
+async def test_cancelled_requests_are_dropped_before_a_batch_forms() -> None:
+    engine = Engine()
+    batcher = engine.batcher()
+    engine.gate.clear()
+    running = asyncio.ensure_future(batcher.submit([Text("running", 100)]))
+    await asyncio.to_thread(engine.started.wait)
+    gone = asyncio.ensure_future(batcher.submit([Text(("gone", n), 10) for n in range(1000)]))
+    stays = asyncio.ensure_future(batcher.submit([Text("stays", 10)]))
+    await asyncio.sleep(0)
+    for task in (running, gone):
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    engine.gate.set()
+    assert await stays == [Text("stays", 10)]
+    assert [[item.name for item in batch] for batch in engine.batches] == [["running"], ["stays"]]
+
+
+async def test_nothing_in_nothing_out() -> None:
+    assert await Engine().batcher().submit([]) == []
+
+
+# Failure
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 64])
+async def test_a_poisoned_request_fails_alone(count: int) -> None:
+    """The other requests are answered, and finding it takes no more than 2 * ceil(log2(n)) more runs."""
+    for bad in {0, count // 2, count - 1}:
+        engine = Engine(poison=[bad])
+        items = [Text(n, 1) for n in range(count)]
+        answers = await together(engine.batcher(), items)
+        assert answers[bad] is engine.error
+        assert answers[:bad] + answers[bad + 1 :] == items[:bad] + items[bad + 1 :]
+        assert len(engine.batches) <= 1 + 2 * math.ceil(math.log2(count))
+
+
+async def test_a_job_with_a_poisoned_item_fails_and_the_rest_of_it_is_dropped() -> None:
+    engine = Engine(poison=[0])
+    items = [Text(n, 100 - n % 2) for n in range(1000)]
+    with pytest.raises(ValueError, match="poison"):
+        await engine.batcher().submit(items)
+    assert len(engine.batches) < 10
+
+
+async def test_out_of_memory_is_split_and_memory_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    class Cuda:
+        freed = 0
+
+        def empty_cache(self) -> None:
+            self.freed += 1
+            assert not alive, "the frames still hold the tensors"
+
+    class Torch:
+        cuda = Cuda()
+
+    class Tensor:
+        def __init__(self) -> None:
+            alive.append(self)
+
+        def __del__(self) -> None:
+            dead.append(None)
+
+    alive: list[Any] = []
+    dead: list[None] = []
+
+    def run(items: list[int]) -> list[int]:
+        tensor = Tensor()
+        alive.clear()
+        if len(items) > 16:
+            raise OutOfMemoryError(f"no room for {len(items)}")
+        del tensor
+        return items
+
+    monkeypatch.setitem(sys.modules, "torch", Torch())  # type: ignore[arg-type]
+    batcher: Batcher[int, int] = Batcher(run, budget=64, length=lambda _: 1)
+    assert await batcher.submit(list(range(64))) == list(range(64))
+    assert Torch.cuda.freed == 3
+    assert len(dead) == 7
+
+
+@pytest.mark.parametrize("wrong", [lambda items: items[1:], lambda items: [*items, 0], lambda _: []])
+async def test_a_wrong_number_of_results_fails_the_batch_at_once(
+    wrong: Callable[[list[int]], list[int]],
+) -> None:
+    calls = []
+
+    def run(items: list[int]) -> list[int]:
+        calls.append(items)
+        return wrong(items) if len(items) > 1 else items
+
+    batcher: Batcher[int, int] = Batcher(run, budget=8, length=lambda _: 1)
+    answers = await asyncio.gather(*(batcher.submit([n]) for n in range(8)), return_exceptions=True)
+    assert {type(answer) for answer in answers} == {RuntimeError}
+    assert "8 items" in str(answers[0])
+    assert len(calls) == 1
+    assert await batcher.submit([1]) == [1]
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), SystemExit(1), asyncio.CancelledError(), StopIteration()]
+)
+async def test_no_exception_on_the_engine_thread_hangs_a_request(error: BaseException) -> None:
+    engine = Engine(poison=["bad"], error=error)
+    batcher = engine.batcher()
+    async with asyncio.timeout(10):
+        (answer,) = await together(batcher, [Text("bad", 1)])
+        assert isinstance(answer, RuntimeError)
+        assert answer.__cause__ is error
+        assert await batcher.submit([Text("good", 1)]) == [Text("good", 1)]
+
+
+async def test_close_fails_what_waits_and_answers_what_runs() -> None:
+    engine = Engine()
+    batcher = engine.batcher()
+    engine.gate.clear()
+    running = asyncio.ensure_future(batcher.submit([Text("running", 100)]))
+    await asyncio.to_thread(engine.started.wait)
+    big = asyncio.ensure_future(batcher.submit([Text(n, 1) for n in range(5000)]))
+    await asyncio.sleep(0)
+    batcher.close()
+    engine.gate.set()
+    assert await running == [Text("running", 100)]
+    for waiting in (big, batcher.submit([Text("late", 1)])):
+        with pytest.raises(RuntimeError, match="closed"):
+            await waiting
+
+
+async def test_close_fails_the_rest_of_a_job_that_runs() -> None:
+    engine = Engine()
+    batcher = engine.batcher(window=1)
+    engine.gate.clear()
+    job = asyncio.ensure_future(batcher.submit([Text(n, 100) for n in range(5)]))
+    await asyncio.to_thread(engine.started.wait)
+    batcher.close()
+    engine.gate.set()
+    with pytest.raises(RuntimeError, match="closed"):
+        await job
+
+
+# Event loops
+
+
+def test_one_event_loop_after_another() -> None:
+    engine = Engine()
+    batcher = engine.batcher()
+    for n in range(3):
+        assert asyncio.run(batcher.submit([Text(n, 1)])) == [Text(n, 1)]
+
+
+def test_a_loop_that_ended_with_a_batch_on_the_thread_leaves_nothing_behind() -> None:
+    engine = Engine()
+    batcher = engine.batcher()
+
+    async def abandon() -> None:
+        running = asyncio.ensure_future(batcher.submit([Text("abandoned", 100)]))
+        waiting = asyncio.ensure_future(batcher.submit([Text("waiting", 100)]))
+        await asyncio.to_thread(engine.started.wait)
+        del running, waiting  # asyncio.run cancels them
+
+    engine.gate.clear()
+    asyncio.run(abandon())
+    engine.gate.set()
+    assert asyncio.run(batcher.submit([Text("next", 1)])) == [Text("next", 1)]
+    assert [batch[0].name for batch in engine.batches] == ["abandoned", "next"]
+
+
+async def test_two_loops_at_once_are_refused() -> None:
+    engine = Engine()
+    batcher = engine.batcher()
+    engine.gate.clear()
+    running = asyncio.ensure_future(batcher.submit([Text("here", 1)]))
+    await asyncio.to_thread(engine.started.wait)
+    with pytest.raises(RuntimeError, match="another event loop"):
+        await asyncio.to_thread(asyncio.run, batcher.submit([Text("there", 1)]))
+    engine.gate.set()
+    await running
+
+
+@pytest.mark.parametrize("option", ["budget", "max_items", "patience", "window"])
+def test_options_below_one_are_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=option):
+        Engine().batcher(**{option: 0})
