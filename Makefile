@@ -4,14 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
             $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; \
           done; echo python3)
 
-# Read by tools/environment.py and by docker-bake.hcl.
-export TORCH_INDEX ?=
-export REGISTRY ?= docker.io/example
-export TAG ?= dev
-export PLATFORM ?= linux/amd64
-export CACHE ?=
-export MODEL_NAME ?=
-export MODEL_REVISION ?=
+# The other variables of `make help` are read by docker-bake.hcl and tools/environment.py themselves.
 ifndef REVISION
 export REVISION := $(shell git rev-parse HEAD 2>/dev/null)
 endif
@@ -38,6 +31,7 @@ $(WORKERS:%=serve-%): serve-%: $(MADE) ## The same, left running: a RunPod endpo
 
 ##@ Develop
 setup: $(MADE) ## Make the environment in .venv; every target that needs it does so by itself
+	@echo '$(VENV) is ready'
 test: $(MADE) ## Every test
 	@$(PY) -m pytest $(ARGS)
 test-fast: $(MADE) ## The tests that load no model and start no worker
@@ -83,17 +77,16 @@ help: ## This list
 	@printf '\nWhere <worker> is one of: $(WORKERS)\n'
 	@printf '\nVariables, as in make test PYTHON=python3.12\n'
 	@printf '  %-15s %s\n' \
-	  PYTHON 'the Python that makes .venv, 3.11 or newer [$(PYTHON)]' \
-	  TORCH_INDEX 'where torch comes from, when not PyPI [$(TORCH_INDEX)]' \
-	  '' 'https://download.pytorch.org/whl/cpu has the small build without CUDA' \
-	  ARGS 'passed on, as in make test ARGS="-k volume -x" [$(ARGS)]' \
-	  REGISTRY 'where images are named and pushed [$(REGISTRY)]' \
-	  TAG 'dev, or a release such as 1.4.2 [$(TAG)]' \
-	  PLATFORM 'of the images [$(PLATFORM)]' \
-	  CACHE 'registry: keep a build cache beside each image [$(CACHE)]' \
-	  MODEL_NAME 'a model to bake into the image [$(MODEL_NAME)]' \
-	  MODEL_REVISION 'its revision [$(MODEL_REVISION)]' \
-	  HF_TOKEN 'from the environment only, for a gated model that is baked in'
+	  PYTHON 'the Python that makes .venv, 3.11 or newer (here: $(PYTHON))' \
+	  TORCH_INDEX 'where torch comes from, if not from PyPI; the small build without CUDA is at' \
+	  '' 'https://download.pytorch.org/whl/cpu' \
+	  ARGS 'passed on, as in make test ARGS="-k volume -x"' \
+	  REGISTRY 'where images are named and pushed (docker.io/example)' \
+	  TAG 'of the images: dev, or a release such as 1.4.2 (dev)' \
+	  PLATFORM 'of the images (linux/amd64)' \
+	  CACHE 'registry: keep a build cache beside each pushed image (none)' \
+	  MODEL_NAME 'a model to bake into the image, with MODEL_REVISION (none)' \
+	  HF_TOKEN 'for a gated model that is baked in; from the environment only'
 
 $(MADE): requirements-dev.txt workers/torch.in tools/environment.py
 	@$(PYTHON) tools/environment.py $(VENV)

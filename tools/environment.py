@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -57,22 +58,22 @@ def install(python: Path, title: str, *arguments: str, total: int = 0) -> None:
         [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
     assert pip.stdout is not None
-    errors = []
-    collected = 0
+    errors: list[str] = []
+    fetched = 0
     for line in pip.stdout:
-        collected += line.startswith(("Collecting ", "Requirement already satisfied"))
+        fetched += line.startswith(("Collecting ", "Processing ", "Ignoring "))
         if line.startswith("Installing collected packages"):
-            say("  all fetched; installing")
-        elif total and time.monotonic() - shown > SECONDS_BETWEEN_LINES:
+            say("  all fetched, installing")
+        elif total and fetched < total and time.monotonic() - shown > SECONDS_BETWEEN_LINES:
             shown = time.monotonic()
-            say(f"  {collected} of {total} fetched")
-        if line.startswith(("ERROR", "    ", "  ")) and (errors or line.startswith("ERROR")):
+            say(f"  {fetched} of {total} fetched")
+        if line.startswith("ERROR") or (errors and line.startswith(" ")):
             errors.append(line.rstrip())
     if pip.wait():
         say("\n".join(errors[-12:]))
         if any(word in line for word in NETWORK for line in errors):
-            stop("a package index with the package above; is the network up? (pip's own settings are used)")
-        raise SystemExit("pip could not install what is above.")
+            stop("a package index that answers and has the package above; is the network up?")
+        raise SystemExit("pip could not install the above.")
     say(f"  done in {time.monotonic() - started:.0f} s")
 
 
@@ -86,7 +87,7 @@ def main(folder: Path) -> None:
     stamp.unlink(missing_ok=True)
     say(f"Making {folder.name}/ with Python {platform.python_version()}: once, some minutes.")
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-    total = LOCK.read_text().count("==")
+    total = len(re.findall(r"^\S+==", LOCK.read_text(), re.MULTILINE))
     install(
         python,
         f"1/2 {total} packages of {LOCK.name}, checked against their hashes",
