@@ -1,0 +1,308 @@
+"""Sentence embeddings across jobs, for the workers whose models sentence-transformers loads.
+
+    encoder, revision = load_encoder(settings, "BAAI/bge-large-en-v1.5", budget=None)
+    texts, rows = await encoder.embed(["a", "b"], prompt="", param="texts", ...)
+
+`Encoder.embed` is all that a request needs; what it is made of is public too, for rerankers and the like.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from shared import prewarm
+from shared.batching import Batcher
+from shared.errors import JobError
+from shared.hardware import pick_device
+from shared.jobs import check_size, current_job
+from shared.settings import WorkerSettings
+from shared.volume import resolve_model
+
+if TYPE_CHECKING:
+    import numpy as np
+    from sentence_transformers import SentenceTransformer
+
+# Tokens in one padded batch. A GPU wants many (16384 is text-embeddings-inference's default); on two CPU
+# cores about a thousand was fastest, and larger batches were slower than none: benchmarks/results.
+GPU_BATCH_TOKENS = 16384
+CPU_BATCH_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One text on its way through the engine."""
+
+    tokens: tuple[int, ...]  # with special tokens, cut to the model's length
+    prompt_tokens: int  # how many of them are the prompt's; some poolings leave those out
+    truncated: bool = False
+    text: str = ""  # for the models that take no token ids
+
+
+class Encoder:
+    """A SentenceTransformer that tokenizes beside the engine and batches across jobs.
+
+    Gives what `SentenceTransformer.encode` gives. Models whose first part is no plain text transformer
+    (static embeddings, chat templates, flash attention without padding) go through `encode` itself.
+    """
+
+    def __init__(self, model: SentenceTransformer, *, budget: int) -> None:
+        self.model = model
+        self.dimensions: int = model.get_embedding_dimension() or len(model.encode("a"))
+        self.max_tokens: int | None = model.max_seq_length
+        self.prompts: dict[str, str] = model.prompts
+        self.default_prompt: str | None = self.prompts.get(model.default_prompt_name or "")
+        self._tokenizer = getattr(model, "tokenizer", None)
+        self._prefix, self._suffix, self.takes_tokens = self._special_tokens()
+        self._left_padding = getattr(self._tokenizer, "padding_side", "right") == "left"
+        self._pad: int = getattr(self._tokenizer, "pad_token_id", None) or 0
+        self._skips_prompt = any(getattr(part, "include_prompt", True) is False for part in model)
+        self._batcher: Batcher[Text, np.ndarray] = Batcher(
+            self._run,
+            budget=budget,
+            length=lambda text: len(text.tokens),
+            key=lambda text: text.prompt_tokens,
+        )
+
+    def _special_tokens(self) -> tuple[list[int], list[int], bool]:
+        """The ids put before and after a text, and whether the model runs on token ids alone."""
+        first = self.model[0]
+        formats = getattr(first, "modality_config", {})
+        if not getattr(self._tokenizer, "is_fast", False) or "text" not in formats or "message" in formats:
+            return [], [], False
+        if getattr(first, "can_flatten_inputs", False) or self._tokenizer.truncation_side != "right":
+            return [], [], False
+        body = self._ids(["a"])[0]
+        whole = list(self._tokenizer("a")["input_ids"])
+        for start in range(len(whole) - len(body) + 1):
+            if whole[start : start + len(body)] == body:
+                return whole[:start], whole[start + len(body) :], True
+        return [], [], False
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids without special tokens, however long."""
+        ids: list[list[int]] = self._tokenizer(
+            list(texts), add_special_tokens=False, truncation=False, padding=False, verbose=False,
+            return_attention_mask=False, return_token_type_ids=False,
+        )["input_ids"]  # fmt: skip
+        return ids
+
+    def prompt_for(self, prompt: str | None, prompt_name: str | None) -> str:
+        """The text to put before each text; the model's default when neither is given."""
+        if prompt is not None:
+            if prompt_name is not None:
+                raise JobError(
+                    "prompt: give either prompt or prompt_name.", param="prompt", code="invalid_value"
+                )
+            return prompt
+        if prompt_name is None:
+            return self.default_prompt or ""
+        if prompt_name not in self.prompts:
+            names = ", ".join(repr(name) for name in self.prompts) or "none"
+            raise JobError(
+                f"prompt_name: the model has no prompt {prompt_name!r}. It has: {names}.",
+                param="prompt_name",
+                code="invalid_value",
+            )
+        return self.prompts[prompt_name]
+
+    def tokenize(
+        self, inputs: Sequence[str] | Sequence[list[int]], *, prompt: str, truncate: bool, param: str
+    ) -> list[Text]:
+        """`inputs` (texts, or arrays of the model's token ids) as the engine takes them.
+
+        Raises JobError for a token id that the model does not have, and for a text that is too long when
+        `truncate` is false.
+        """
+        if inputs and isinstance(inputs[0], str):
+            prompted = [prompt + text for text in inputs]  # type: ignore[operator]
+            bodies = (
+                self._ids(prompted) if self._tokenizer is not None else [text.split() for text in prompted]
+            )
+        else:
+            bodies, prompted = self._checked(inputs, param), [""] * len(inputs)  # type: ignore[arg-type]
+        prompt_tokens = 0
+        if prompt and self._skips_prompt and self.takes_tokens:
+            prompt_tokens = len(self._prefix) + len(self._ids([prompt])[0])
+        special = len(self._prefix) + len(self._suffix)
+        texts = []
+        for number, (body, text) in enumerate(zip(bodies, prompted, strict=True)):
+            length = len(body) + special
+            too_long = self.max_tokens is not None and length > self.max_tokens
+            if too_long and not truncate:
+                where = f"{param}.{number}" if len(bodies) > 1 else param
+                raise JobError(
+                    f"{where}: {length} tokens, and the model takes {self.max_tokens}. "
+                    "Shorten the text, or set truncate to true to have it cut.",
+                    param=where,
+                    code="too_long",
+                )
+            if too_long:
+                body = body[: self.max_tokens - special]
+            tokens = (*self._prefix, *body, *self._suffix)
+            texts.append(Text(tokens, prompt_tokens, too_long, "" if self.takes_tokens else text))
+        return texts
+
+    def _checked(self, arrays: Sequence[list[int]], param: str) -> list[list[int]]:
+        """Arrays of token ids without the special tokens that they may or may not come with."""
+        if not self.takes_tokens:
+            raise JobError(
+                f"{param}: this model takes texts, not token ids.", param=param, code="invalid_value"
+            )
+        size = len(self._tokenizer)
+        bodies = []
+        for number, ids in enumerate(arrays):
+            if not all(0 <= token < size for token in ids):
+                raise JobError(
+                    f"{param}.{number}: token ids must be from 0 to {size - 1}, the model's own vocabulary.",
+                    param=f"{param}.{number}",
+                    code="invalid_value",
+                )
+            start, end = len(self._prefix), len(ids) - len(self._suffix)
+            whole = start <= end and ids[:start] == self._prefix and ids[end:] == self._suffix
+            bodies.append(ids[start:end] if whole else ids)
+        return bodies
+
+    async def embed(
+        self,
+        inputs: Sequence[str] | Sequence[list[int]],
+        *,
+        prompt: str,
+        param: str,
+        truncate: bool,
+        batch_size: int | None,
+        dimensions: int | None,
+        normalize: bool,
+        encoding_format: str,
+    ) -> tuple[list[Text], list[list[float]] | list[str]]:
+        """What was read of each input, and its embedding as `written` writes it.
+
+        param: the request's field that `inputs` came from, for errors. batch_size: at most this many of them
+        in one batch. dimensions: keep so many leading ones. Raises JobError: see `tokenize`, too many
+        dimensions, or a result that the platform would not take.
+        """
+        width = dimensions or self.dimensions
+        if width > self.dimensions:
+            raise JobError(
+                f"dimensions: {dimensions}, and the model has {self.dimensions}.",
+                param="dimensions",
+                code="invalid_value",
+            )
+        # A number as JSON text hardly ever takes less than ten bytes; base64 takes four thirds of four.
+        size = len(inputs) * width * (10 if encoding_format == "float" else 16 / 3)
+        check_size(int(size), current_job.get(), "Use encoding_format base64 or fewer dimensions. ")
+        texts = await asyncio.to_thread(self.tokenize, inputs, prompt=prompt, truncate=truncate, param=param)
+        rows = await self.encode(texts, batch_size=batch_size)
+        return texts, await asyncio.to_thread(
+            lambda: written(shape(rows, dimensions=dimensions, normalize=normalize), encoding_format)
+        )
+
+    async def encode(self, texts: Sequence[Text], *, batch_size: int | None = None) -> np.ndarray:
+        """Embeddings of shape (len(texts), self.dimensions), float32, as the model gives them."""
+        import numpy as np
+
+        step = batch_size or len(texts)
+        rows: list[np.ndarray] = []
+        for start in range(0, len(texts), step):
+            rows += await self._batcher.submit(texts[start : start + step])
+        return np.stack(rows)
+
+    def _run(self, texts: list[Text]) -> np.ndarray:
+        """One forward pass, on the engine thread."""
+        import torch
+
+        if not self.takes_tokens:
+            rows = self.model.encode(
+                [text.text for text in texts], prompt="", batch_size=len(texts), convert_to_tensor=True
+            )
+        else:
+            longest = max(len(text.tokens) for text in texts)
+            ids = torch.full((len(texts), longest), self._pad)
+            mask = torch.zeros_like(ids)
+            for row, text in enumerate(texts):
+                at = longest - len(text.tokens) if self._left_padding else 0
+                ids[row, at : at + len(text.tokens)] = torch.tensor(text.tokens)
+                mask[row, at : at + len(text.tokens)] = 1
+            device = self.model.device
+            features: dict[str, Any] = {
+                "input_ids": ids.to(device),
+                "attention_mask": mask.to(device),
+                "modality": "text",
+            }
+            if texts[0].prompt_tokens:
+                features["prompt_length"] = texts[0].prompt_tokens
+            with torch.inference_mode():
+                rows = self.model(features)["sentence_embedding"]
+        embeddings: np.ndarray = rows.float().cpu().numpy()
+        return embeddings
+
+
+def shape(embeddings: np.ndarray, *, dimensions: int | None, normalize: bool) -> np.ndarray:
+    """The leading `dimensions` of each row, scaled to length 1 after the cut, which would shorten them."""
+    import numpy as np
+
+    rows = embeddings[:, :dimensions]
+    if normalize:
+        rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return rows
+
+
+def written(embeddings: np.ndarray, encoding_format: str) -> list[list[float]] | list[str]:
+    """The rows as base64 of little-endian float32, or as numbers in their shortest float32 form."""
+    import numpy as np
+
+    if encoding_format == "base64":
+        return [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in embeddings]
+    return shortest(embeddings.astype(np.float32)).tolist()  # type: ignore[no-any-return]
+
+
+def shortest(values: np.ndarray) -> np.ndarray:
+    """float32 `values` as the float64 that JSON prints shortest and that reads back as the same float32.
+
+    A float32 needs 6 to 9 significant digits; plain tolist() would print the 17 of its float64. Rounding whole
+    arrays to 6, 7, 8 and 9 digits is 13 times faster than asking numpy for each number's text.
+    """
+    import numpy as np
+
+    exact = values.astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        exponent = np.where(exact == 0, 0, np.floor(np.log10(np.abs(exact))))
+        result, found = exact.copy(), np.zeros(values.shape, bool)
+        for digits in range(6, 10):
+            scale = 10.0 ** (digits - 1 - exponent)
+            rounded = np.rint(exact * scale) / scale
+            fits = (rounded.astype(np.float32) == values) & ~found
+            result[fits] = rounded[fits]
+            found |= fits
+    return result
+
+
+def load_encoder(
+    settings: WorkerSettings, hub_name: str, *, budget: int | None
+) -> tuple[Encoder, str | None]:
+    """The encoder of the model `hub_name` (an id or a folder), and the model's commit where known.
+
+    budget: tokens in one padded batch; None: what suits the device. Logs the phases resolve, import and load.
+    Raises StartError for what a new try cannot mend.
+    """
+    token = settings.hf_token.get_secret_value() if settings.hf_token else None
+    with prewarm.phase("resolve") as phase:
+        found = resolve_model(hub_name, settings.model_revision, token=token)
+        phase.bytes = found.bytes
+    with prewarm.phase("import"):
+        from sentence_transformers import SentenceTransformer
+    with prewarm.phase("load") as phase:
+        device, dtype = pick_device(settings)
+        model = SentenceTransformer(
+            str(found.path),
+            device=str(device),
+            trust_remote_code=settings.trust_remote_code,
+            local_files_only=True,
+            model_kwargs={"dtype": dtype},
+        ).eval()
+        phase.bytes = sum(weight.nbytes for weight in model.parameters())
+    default = CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
+    return Encoder(model, budget=budget or default), found.revision

