@@ -1,0 +1,11 @@
+"""RunPod on your machine: the queue, the public API and the worker processes, for development and tests.
+
+with running("sentence-transformers") as platform:
+    requests.post(platform.endpoint_url + "/runsync", json={"input": {...}}, headers={"Authorization": "x"})
+"""
+
+from local.platform import Platform, running
+from local.queue import Rules
+from local.workers import WorkerFailed, WorkerProcess
+
+__all__ = ["Platform", "Rules", "WorkerFailed", "WorkerProcess", "running"]
