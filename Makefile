@@ -48,8 +48,9 @@ fmt: $(MADE) ## Format the code and mend what can be mended
 	@$(BIN)/ruff format --quiet .
 bench: $(MADE) ## This project beside the naive handlers and other servers (see benchmarks/)
 	@$(PY) -m benchmarks $(ARGS)
-docs: $(MADE) ## Write the tables in the READMEs from the code
+docs: $(MADE) ## Write what is generated: tables in the READMEs, the kept copy of the bake file's targets
 	@$(PY) -m tools.docs
+	@! docker buildx version >/dev/null 2>&1 || $(PY) -m tools.bake
 lock: $(MADE) ## Compile the locks; UPGRADE=1 takes newer versions of everything
 	@$(PY) -m tools.lock $(if $(UPGRADE),--upgrade)
 new-worker: $(MADE) ## Scaffold a worker whose tests pass at once: make new-worker NAME=my-model
@@ -60,13 +61,13 @@ clean: ## Remove the environment and every cache
 
 ##@ Ship (needs Docker with buildx 0.13 or newer)
 build: ## Build every image into the local engine
-	@$(BAKE) --load
+	@$(BAKE) --load $(ARGS)
 push: ## Build every image and push it, with provenance and SBOM
-	@$(BAKE) --push release
+	@$(BAKE) --push release $(ARGS)
 $(WORKERS:%=build-%): build-%: ## Build one image into the local engine
-	@$(BAKE) --load $*
+	@$(BAKE) --load $* $(ARGS)
 $(WORKERS:%=push-%): push-%: ## Build one image and push it, with provenance and SBOM
-	@$(BAKE) --push $*-release
+	@$(BAKE) --push $*-release $(ARGS)
 
 ##@ And
 help: ## This list

@@ -82,8 +82,12 @@ def lock_dev(*, root: Path = ROOT, output: Path | None = None, upgrade: bool = F
     )
 
 
-def lock_worker(name: str, *, root: Path = ROOT, output: Path | None = None) -> None:
-    folder = Path("workers", name)
+def lock_folders(root: Path = ROOT) -> list[Path]:
+    """Where workers' locks lie: workers/<name>, and the scaffold's own folder."""
+    return [*(Path("workers", name) for name in worker_names(root)), Path("tools/template")]
+
+
+def lock_worker(folder: Path, *, root: Path = ROOT, output: Path | None = None) -> None:
     source = folder / "requirements.in"
     compile_lock(
         [source],
@@ -101,9 +105,9 @@ def main() -> None:
     lock_torch(upgrade=upgrade)
     print("requirements-dev.txt", flush=True)
     lock_dev(upgrade=upgrade)
-    for name in worker_names():
-        print(f"workers/{name}/requirements.txt", flush=True)
-        lock_worker(name)
+    for folder in lock_folders():
+        print(folder / "requirements.txt", flush=True)
+        lock_worker(folder)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,136 @@
+# One image per folder under workers/.
+#
+#   make build-sentence-transformers           build one image into the local engine
+#   docker buildx bake --print default release show every target as it resolves, build nothing
+#   docker buildx bake release --push          what a release runs
+#
+# For buildx 0.13 and newer. Version 0.13 has no validation blocks, typed variables or object syntax, hence
+# regex() and strings below. It also ignores a target attribute that it does not know: a misspelt one is no
+# error, so tests/images holds the resolved targets against a kept copy.
+
+# ---- Variables: set them in the environment, as in REGISTRY=ghcr.io/me make build ------------------------
+
+# Where the images are named and pushed: REGISTRY/worker-<name>.
+variable "REGISTRY" {
+  default = "docker.io/example"
+}
+
+# "dev", or a release such as 1.4.2 without a leading v.
+variable "TAG" {
+  default = "dev"
+}
+
+# The commit, in full. `make` and CI set it.
+variable "REVISION" {
+  default = ""
+}
+
+# Where the source is, for the label that registries show.
+variable "SOURCE" {
+  default = "https://github.com/example/runpod-workers"
+}
+
+variable "PLATFORM" {
+  default = "linux/amd64"
+}
+
+# "registry": read and write a build cache at REGISTRY/worker-<name>:buildcache. A CUDA image does not fit
+# into the 10 GB of GitHub's own cache.
+variable "CACHE" {
+  default = ""
+}
+
+# A model to put into the image, and its revision. For a gated one set HF_TOKEN too.
+variable "MODEL_NAME" {
+  default = ""
+}
+variable "MODEL_REVISION" {
+  default = ""
+}
+
+# The time that every file in a layer carries. A constant: file times are part of a layer's digest, so that
+# the time of the commit would ship all layers anew with each commit.
+variable "SOURCE_DATE_EPOCH" {
+  default = "1767225600"
+}
+
+# ---- The workers: a line for each folder under workers/; tests/unit/test_house.py holds them together ----
+
+WORKERS = {
+  sentence-transformers = { base = "python", about = "Text embeddings with sentence-transformers" }
+}
+
+BASES = {
+  python = { image = "docker.io/library/python:3.12-slim-trixie", cuda = "13.0" }
+}
+
+# ---- Tags ----------------------------------------------------------------------------------------------
+
+tag = regex("^(?:dev|[0-9]+[.][0-9]+[.][0-9]+(?:-[0-9A-Za-z.]+)?)$", TAG)
+
+# 1.4.2 -> 1.4.2, 1.4.2-cuda13.0, 1.4; 1.4.2-rc.1 -> 1.4.2-rc.1, 1.4.2-rc.1-cuda13.0; dev -> dev; and
+# sha-<commit>. RunPod's hosts cache images by tag, so nothing is ever called latest.
+function "tags" {
+  params = [worker]
+  result = formatlist("${REGISTRY}/worker-${worker}:%s", concat(
+    [tag],
+    tag == "dev" ? [] : ["${tag}-cuda${BASES[WORKERS[worker].base].cuda}"],
+    length(regexall("^[0-9.]+$", tag)) == 0 ? [] : [join(".", slice(split(".", tag), 0, 2))],
+    REVISION == "" ? [] : ["sha-${substr(REVISION, 0, 12)}"],
+  ))
+}
+
+# ---- Targets: <worker> for this machine, <worker>-release for a registry -------------------------------
+
+group "default" {
+  targets = keys(WORKERS)
+}
+
+group "release" {
+  targets = formatlist("%s-release", keys(WORKERS))
+}
+
+target "worker" {
+  name   = worker
+  matrix = { worker = keys(WORKERS) }
+
+  context    = "."
+  dockerfile = "workers/${worker}/Dockerfile"
+  platforms  = [PLATFORM]
+  tags       = tags(worker)
+  args = {
+    BASE_IMAGE        = BASES[WORKERS[worker].base].image
+    MODEL_NAME        = MODEL_NAME
+    MODEL_REVISION    = MODEL_REVISION
+    SOURCE_DATE_EPOCH = SOURCE_DATE_EPOCH
+  }
+  # Mounted for the one RUN that reads it. A build argument would stay in the image's history.
+  secret = MODEL_NAME == "" ? [] : ["id=HF_TOKEN,env=HF_TOKEN"]
+  labels = {
+    "org.opencontainers.image.title"       = "worker-${worker}"
+    "org.opencontainers.image.description" = WORKERS[worker].about
+    "org.opencontainers.image.source"      = SOURCE
+    "org.opencontainers.image.licenses"    = "Apache-2.0"
+    "org.opencontainers.image.version"     = tag
+    "org.opencontainers.image.revision"    = REVISION
+    "org.opencontainers.image.base.name"   = BASES[WORKERS[worker].base].image
+  }
+  cache-from = CACHE == "registry" ? ["type=registry,ref=${REGISTRY}/worker-${worker}:buildcache"] : []
+}
+
+target "worker-release" {
+  name     = "${worker}-release"
+  matrix   = { worker = keys(WORKERS) }
+  inherits = [worker]
+
+  annotations = [
+    "index,manifest:org.opencontainers.image.title=worker-${worker}",
+    "index,manifest:org.opencontainers.image.description=${WORKERS[worker].about}",
+    "index,manifest:org.opencontainers.image.source=${SOURCE}",
+    "index,manifest:org.opencontainers.image.version=${tag}",
+    "index,manifest:org.opencontainers.image.revision=${REVISION}",
+  ]
+  attest   = ["type=provenance,mode=max", "type=sbom"]
+  output   = ["type=image,oci-mediatypes=true,rewrite-timestamp=true"]
+  cache-to = CACHE == "registry" ? ["type=registry,ref=${REGISTRY}/worker-${worker}:buildcache,mode=max,image-manifest=true,oci-mediatypes=true,ignore-error=true"] : []
+}

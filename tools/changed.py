@@ -1,0 +1,64 @@
+"""Prints the workers whose images a change touches, as JSON: `python -m tools.changed BASE [HEAD]`.
+
+BASE and HEAD are commits; without BASE, or with one that this clone does not have, every worker is printed.
+What touches an image is read from its Dockerfile: whatever it copies or mounts from the repository.
+Standard library only, so that CI can run it before it installs anything.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from tools.workers import ROOT, worker_names
+
+# What decides how every image is built.
+FOR_ALL = {"docker-bake.hcl", ".dockerignore", ".github/workflows/images.yml"}
+# Kept out of the build by .dockerignore.
+NEVER = (".md", ".in")
+
+
+def sources(dockerfile: str) -> set[str]:
+    """The paths of the build context that a Dockerfile's text reads."""
+    text = re.sub(r"\\\n", " ", dockerfile)
+    found = set(re.findall(r"--mount=type=bind,source=([^,\s]+)", text))
+    for arguments in re.findall(r"^(?:COPY|ADD)\s+(.+)$", text, re.MULTILINE):
+        if "--from=" not in arguments:
+            found.update(word for word in arguments.split()[:-1] if not word.startswith("--"))
+    return {path.rstrip("/") for path in found}
+
+
+def affected(paths: Iterable[str], root: Path = ROOT) -> list[str]:
+    """The workers whose images read one of the changed `paths`."""
+    changed = [path for path in paths if not path.endswith(NEVER)]
+    names = worker_names(root)
+    if FOR_ALL & set(changed):
+        return names
+    found = []
+    for name in names:
+        dockerfile = f"workers/{name}/Dockerfile"
+        reads = sources((root / dockerfile).read_text()) | {dockerfile}
+        if any(path == source or path.startswith(source + "/") for path in changed for source in reads):
+            found.append(name)
+    return found
+
+
+def changed_paths(base: str, head: str, root: Path = ROOT) -> list[str] | None:
+    """Paths that differ between where `head` left `base` and `head`; None when git cannot say."""
+    command = ["git", "diff", "--name-only", "--no-renames", f"{base}...{head}"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.splitlines() if done.returncode == 0 else None
+
+
+def main() -> None:
+    base, head = [*sys.argv[1:], "", ""][:2]
+    paths = changed_paths(base, head or "HEAD") if base else None
+    print(json.dumps(worker_names() if paths is None else affected(paths)))
+
+
+if __name__ == "__main__":
+    main()

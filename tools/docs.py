@@ -1,0 +1,169 @@
+"""Writes the tables in the READMEs from the code, between markers: `make docs`.
+
+In workers/<name>/README.md:
+    <!-- settings --> ... <!-- /settings -->                    the environment, from the handler's Settings
+    <!-- fields EmbedRequest --> ... <!-- /fields -->            a pydantic model that the handler names
+In README.md:
+    <!-- workers --> ... <!-- /workers -->                       a row for each worker
+
+With --check it writes nothing and fails when a table is not what the code says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import BaseModel
+
+from tools.bake import table as bake_table
+from tools.workers import ROOT, load_handler, worker_names
+
+MARKED = re.compile(r"(<!-- (settings|fields|workers) ?([\w.]*) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+Schema = dict[str, Any]
+
+
+def bounds(schema: Schema) -> str:
+    """`1 to 1024`, `at least 1`, `more than 0`; for lists and texts of their length."""
+    pairs = [("minimum", "maximum", ""), ("minItems", "maxItems", " items"), ("minLength", "maxLength", " characters")]
+    words = []
+    for low, high, unit in pairs:
+        if low in schema and high in schema:
+            words.append(f"{schema[low]} to {schema[high]}{unit}")
+        elif low in schema:
+            words.append(f"at least {schema[low]}{unit}")
+        elif high in schema:
+            words.append(f"at most {schema[high]}{unit}")
+    if "exclusiveMinimum" in schema:
+        words.append(f"more than {schema['exclusiveMinimum']}")
+    if "exclusiveMaximum" in schema:
+        words.append(f"less than {schema['exclusiveMaximum']}")
+    return ", ".join(words)
+
+
+def kind(schema: Schema, definitions: Schema) -> str:
+    """The type of a field in JSON's words, with its bounds or its choices."""
+    if "$ref" in schema:
+        return kind(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    if "const" in schema:
+        return code(schema["const"])
+    if "enum" in schema:
+        return ", ".join(code(choice) for choice in schema["enum"])
+    if "anyOf" in schema:
+        return " or ".join(
+            kind(option, definitions) for option in schema["anyOf"] if option.get("type") != "null"
+        )
+    name = schema.get("type", "any")
+    if name == "array" and "items" in schema:
+        name = f"list of {kind(schema['items'], definitions)}"
+    limits = bounds(schema)
+    return f"{name}, {limits}" if limits else name
+
+
+def code(value: Any) -> str:
+    return f"`{value if isinstance(value, str) else json.dumps(value)}`"
+
+
+def inner(schema: Schema, definitions: Schema) -> tuple[str, Schema] | None:
+    """The object inside a field and how it is reached: `.` itself, `[].` an item of a list."""
+    options = [option for option in schema.get("anyOf", [schema]) if option.get("type") != "null"]
+    for option in options:
+        dots = "[]." if option.get("type") == "array" else "."
+        target = option.get("items", {}) if dots == "[]." else option
+        if "$ref" in target:
+            found = definitions[target["$ref"].rpartition("/")[2]]
+            if "properties" in found:
+                return dots, found
+    return None
+
+
+def fields(schema: Schema, definitions: Schema, prefix: str = "") -> Iterator[list[str]]:
+    """A row for each field: name, type, default, description; objects inside follow with dotted names."""
+    for name, field in schema["properties"].items():
+        if name in schema.get("required", ()):
+            default = "required"
+        elif field.get("default") is None:
+            default = "unset"
+        else:
+            default = code(field["default"])
+        yield [code(prefix + name), kind(field, definitions), default, field.get("description", "")]
+        found = inner(field, definitions)
+        if found and prefix.count(".") < 2:
+            yield from fields(found[1], definitions, f"{prefix}{name}{found[0]}")
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
+
+
+def model_table(model: type[BaseModel], first: str, *, upper: bool = False) -> str:
+    schema = model.model_json_schema()
+    rows = list(fields(schema, schema.get("$defs", {})))
+    if upper:
+        rows = [[row[0].upper(), *row[1:]] for row in rows]
+    head = [first, "Type", "Default", "Description"]
+    if all(row[2] == "required" for row in rows):  # a response: nothing has a default
+        head, rows = [head[0], *head[1::2]], [[row[0], *row[1::2]] for row in rows]
+    return markdown(head, rows)
+
+
+def workers_table(root: Path = ROOT) -> str:
+    rows = []
+    about = bake_table(root)
+    for name in worker_names(root):
+        default = load_handler(name, root).Settings.model_fields["model_name"].default
+        model = f"`{default}`" if isinstance(default, str) else "set `MODEL_NAME`"
+        rows.append([f"[{name}](workers/{name}/README.md)", about[name]["about"], model])
+    return markdown(["Worker", "What it does", "Default model"], rows)
+
+
+def render(text: str, module: ModuleType | None, root: Path = ROOT) -> str:
+    """`text` with everything between markers replaced by what the code says now.
+
+    Raises AttributeError when a marker names a model that the handler does not have.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        opening, what, name, closing = match.groups()
+        if what == "workers":
+            body = workers_table(root)
+        elif what == "settings":
+            body = model_table(module.Settings, "Variable", upper=True)  # type: ignore[union-attr]
+        else:
+            body = model_table(getattr(module, name), "Field")
+        return opening + body + closing
+
+    return MARKED.sub(table, text)
+
+
+def stale(root: Path = ROOT, *, write: bool = False) -> list[str]:
+    """The READMEs whose tables are not what the code says; with `write`, mended."""
+    pages: list[tuple[Path, ModuleType | None]] = [(root / "README.md", None)]
+    pages += [(root / "workers" / name / "README.md", load_handler(name, root)) for name in worker_names(root)]
+    found = []
+    for page, module in pages:
+        text = page.read_text()
+        new = render(text, module, root)
+        if new != text:
+            found.append(str(page.relative_to(root)))
+            if write:
+                page.write_text(new)
+    return found
+
+
+def main() -> None:
+    check = "--check" in sys.argv[1:]
+    found = stale(write=not check)
+    for page in found:
+        print(f"{page}: {'not what the code says; run make docs' if check else 'written'}")
+    sys.exit(bool(check and found))
+
+
+if __name__ == "__main__":
+    main()
