@@ -67,7 +67,7 @@ Inputs = list[str] | list[list[int]]
 def _as_list(value: Any) -> Any:
     """OpenAI takes a text, a list of texts, one array of token ids, or a list of such arrays."""
     if isinstance(value, str):
-        return [value]
+        value = [value]
     if not isinstance(value, list):
         raise ValueError("must be a text, a list of texts, an array of token ids or a list of such arrays")
     if value and all(type(token) is int for token in value):

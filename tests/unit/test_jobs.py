@@ -186,7 +186,7 @@ async def test_a_result_over_the_limit_is_refused_with_size_limit_and_advice(
 
 async def test_the_sdks_debug_log_does_not_format_results() -> None:
     result = await returning({"vectors": [0.5] * 1000})(JOB)
-    assert repr(result) == "<result of 5015 bytes>"
+    assert repr(result) == "<result of 5013 bytes>"
     assert json.loads(json.dumps(result)) == {"vectors": [0.5] * 1000}
 
 
