@@ -266,8 +266,8 @@ def written(embeddings: np.ndarray, encoding_format: str) -> Sequence[list[float
 def shortest(values: np.ndarray) -> np.ndarray:
     """float32 `values` as the float64 that JSON prints shortest and that reads back as the same.
 
-    A float32 needs 6 to 9 significant digits; plain tolist() would print the 17 of its float64. Rounding whole
-    arrays to 6, 7, 8 and 9 digits is 13 times faster than asking numpy for each number's text.
+    A float32 needs 6 to 9 significant digits; tolist() alone would print the 17 of a float64. Rounding
+    whole arrays to 6, 7, 8 and 9 digits is 13 times faster than asking numpy for each number's text.
     """
     import numpy as np
 

@@ -13,6 +13,7 @@ packed by tokens and sorted by length.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -80,7 +81,7 @@ class Usage(BaseModel):
 
 
 class EmbedResponse(BaseModel):
-    embeddings: list[list[float]] | list[str] = Field(description="One for each text, in their order")
+    embeddings: Sequence[list[float] | str] = Field(description="One for each text, in their order")
     model: str = Field(description="The model, as MODEL_NAME gives it")
     revision: str | None = Field(description="Its commit, where known")
     dimensions: int = Field(description="Length of each embedding")
