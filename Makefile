@@ -23,7 +23,8 @@ WORKERS := $(sort $(foreach file,$(filter-out %/__pycache__,$(wildcard workers/*
         $(foreach verb,run serve build push,$(WORKERS:%=$(verb)-%))
 
 ##@ Try it
-run: run-sentence-transformers ## The embeddings worker with a real model, on this machine, from start to end
+run: $(MADE) ## The embeddings worker with a real model, on this machine, from cold start to answers
+	@$(PY) -m tools.demo
 $(WORKERS:%=run-%): run-%: $(MADE) ## Start a worker here, send it real requests, print the answers
 	@$(PY) -m local run $* $(ARGS)
 $(WORKERS:%=serve-%): serve-%: $(MADE) ## The same, left running: a RunPod endpoint on loopback
@@ -41,7 +42,7 @@ lint: $(MADE) ## Style, types, Dockerfiles, workflows; changes nothing
 	@$(BIN)/ruff format --check --quiet . || { echo 'Not formatted: make fmt'; exit 1; }
 	@$(BIN)/mypy
 	@for worker in $(WORKERS); do $(BIN)/mypy workers/$$worker/handler.py || exit 1; done
-	@$(BIN)/hadolint workers/*/Dockerfile
+	@$(BIN)/hadolint workers/*/Dockerfile tools/template/Dockerfile
 	@$(BIN)/zizmor --offline --quiet .github/workflows
 fmt: $(MADE) ## Format the code and mend what can be mended
 	@$(BIN)/ruff check --fix --quiet .

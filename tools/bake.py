@@ -15,7 +15,9 @@ from typing import Any
 from tools.workers import ROOT
 
 KEPT = Path("tests/images/bake.json")
-LINE = re.compile(r'^  (?P<name>[a-z0-9-]+) += \{ base = "(?P<base>[a-z0-9-]+)", +about = "(?P<about>[^"]+)" \}$')
+LINE = re.compile(
+    r'^  (?P<name>[a-z0-9-]+) += \{ base = "(?P<base>[a-z0-9-]+)", +about = "(?P<about>[^"]+)" \}$'
+)
 # Every variable of the file. Set in somebody's environment, they would change what is compared.
 VARIABLE = re.compile(r'^variable "([A-Z_]+)"', re.MULTILINE)
 

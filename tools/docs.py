@@ -30,7 +30,11 @@ Schema = dict[str, Any]
 
 def bounds(schema: Schema) -> str:
     """`1 to 1024`, `at least 1`, `more than 0`; for lists and texts of their length."""
-    pairs = [("minimum", "maximum", ""), ("minItems", "maxItems", " items"), ("minLength", "maxLength", " characters")]
+    pairs = [
+        ("minimum", "maximum", ""),
+        ("minItems", "maxItems", " items"),
+        ("minLength", "maxLength", " characters"),
+    ]
     words = []
     for low, high, unit in pairs:
         if low in schema and high in schema:
@@ -145,7 +149,9 @@ def render(text: str, module: ModuleType | None, root: Path = ROOT) -> str:
 def stale(root: Path = ROOT, *, write: bool = False) -> list[str]:
     """The READMEs whose tables are not what the code says; with `write`, mended."""
     pages: list[tuple[Path, ModuleType | None]] = [(root / "README.md", None)]
-    pages += [(root / "workers" / name / "README.md", load_handler(name, root)) for name in worker_names(root)]
+    pages += [
+        (root / "workers" / name / "README.md", load_handler(name, root)) for name in worker_names(root)
+    ]
     found = []
     for page, module in pages:
         text = page.read_text()

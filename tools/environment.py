@@ -39,7 +39,7 @@ def wanted() -> str:
 
 
 def check_python() -> None:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 (this file runs on whatever Python is found)
         stop(f"Python 3.11 or newer; this is {platform.python_version()}. Name one: make PYTHON=python3.12")
     try:
         import ensurepip  # noqa: F401 (Debian ships venv without it)

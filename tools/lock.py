@@ -56,7 +56,13 @@ def compile_lock(
     command = ["uv", "pip", "compile", *map(str, inputs), "--output-file", str(output or lock)]
     command += ["--universal", "--python-version", "3.11", "--fork-strategy", "fewest", "--generate-hashes"]
     # Where a package came from is the business of each machine, not of the lock.
-    command += ["--no-emit-index-url", "--no-emit-find-links", "--custom-compile-command", "make lock", "--quiet"]
+    command += [
+        "--no-emit-index-url",
+        "--no-emit-find-links",
+        "--custom-compile-command",
+        "make lock",
+        "--quiet",
+    ]
     for constraint in constraints:
         command += ["--constraint", str(constraint)]
     for name in leave_out:

@@ -24,7 +24,9 @@ def make(name: str, root: Path = ROOT) -> list[Path]:
     Raises SystemExit when the name cannot be a folder, an image and a make target, or is taken.
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
-        raise SystemExit("NAME is missing or wrong: lower-case letters, digits and hyphens, as in NAME=my-model")
+        raise SystemExit(
+            "NAME is missing or wrong: lower-case letters, digits and hyphens, as in NAME=my-model"
+        )
     if name in worker_names(root) or name.endswith("-release"):
         raise SystemExit(f"{name} is taken.")
     template = root / "tools" / "template"
@@ -44,10 +46,8 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     for path in make(name):
         print(path)
-    print(
-        f"Next: make test-fast, then write handler.py; make lock after a change of requirements.in, make docs\n"
-        f"after one of a field; say in docker-bake.hcl what {name} does."
-    )
+    print("Next: make test-fast, write handler.py, say in docker-bake.hcl what it does.")
+    print("After a change of requirements.in: make lock. After one of a field: make docs.")
 
 
 if __name__ == "__main__":

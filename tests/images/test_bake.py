@@ -1,5 +1,7 @@
-"""docker-bake.hcl as buildx resolves it. Skipped where there is no docker; tests/unit/test_house.py still holds
-its table of workers to the folders."""
+"""docker-bake.hcl as buildx resolves it.
+
+Skipped where there is no docker; tests/unit/test_house.py still holds its table of workers to the folders.
+"""
 
 from __future__ import annotations
 

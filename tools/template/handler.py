@@ -55,7 +55,7 @@ class Engine:
 
 
 def load(settings: Settings) -> Engine:
-    """Find the model, import its library, read the weights. The library is imported here and nowhere above."""
+    """Find the model, import its library (here and nowhere above), read the weights."""
     with prewarm.phase("load"):
         return Engine(settings.public_name)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from tools.workers import ROOT, load_handler
 
 worker = load_handler("template-worker")
+EXAMPLE = json.loads((ROOT / "workers/template-worker/test_input.json").read_text())
 
 
 @pytest.fixture(autouse=True)
@@ -23,8 +23,7 @@ async def answer(**fields: Any) -> Any:
 
 
 async def test_example() -> None:
-    example = json.loads(Path(ROOT, "workers/template-worker/test_input.json").read_text())
-    result = await answer(**example["input"])
+    result = await answer(**EXAMPLE["input"])
     assert result == {"words": 11, "sentences": 2, "longest": "mankind", "model": "word-count"}
 
 
@@ -35,7 +34,12 @@ async def test_bounds() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "param"),
-    [({}, "text"), ({"text": ""}, "text"), ({"text": "a", "min_letters": 0}, "min_letters"), ({"txt": "a"}, "txt")],
+    [
+        ({}, "text"),
+        ({"text": ""}, "text"),
+        ({"text": "a", "min_letters": 0}, "min_letters"),
+        ({"txt": "a"}, "txt"),
+    ],
 )
 async def test_wrong_requests_name_the_field(fields: dict[str, Any], param: str) -> None:
     error = json.loads((await answer(**fields))["error"])
