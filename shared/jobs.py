@@ -12,7 +12,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any, TypeVar
@@ -43,8 +43,8 @@ class Request(BaseModel):
 # ---- requests ------------------------------------------------------------------------------------------
 
 
-def parse(job: Job, request: type[BaseModel], routes: Mapping[str, type[BaseModel]]) -> BaseModel:
-    """The typed request of `job`: `routes[openai_route]` where the input has one, else `request`.
+def parse(job: Job, requests: Sequence[type[BaseModel]], routes: Mapping[str, type[BaseModel]]) -> BaseModel:
+    """The typed request of `job`: `routes[openai_route]` where the input has one, else one of `requests`.
 
     Raises JobError that names the field, what was wrong with it and what is allowed.
     """
@@ -55,7 +55,7 @@ def parse(job: Job, request: type[BaseModel], routes: Mapping[str, type[BaseMode
             f'input is {kind}. Send an object: {{"input": {{...}}}}.', param="input", code="invalid_input"
         )
     if "openai_route" not in payload and "openai_input" not in payload:
-        return validate(request, payload)
+        return validate(closest(requests, payload), payload)
     route = payload.get("openai_route")
     path = route.partition("?")[0].rstrip("/") if isinstance(route, str) else ""
     if path not in routes:
@@ -74,6 +74,11 @@ def parse(job: Job, request: type[BaseModel], routes: Mapping[str, type[BaseMode
             code="invalid_input",
         )
     return validate(routes[path], body)
+
+
+def closest(requests: Sequence[type[BaseModel]], payload: dict[str, Any]) -> type[BaseModel]:
+    """The one of `requests` that has most of the payload's fields; the first, where several do."""
+    return max(requests, key=lambda request: len(request.model_fields.keys() & payload.keys()))
 
 
 def validate(model: type[BaseModel], payload: dict[str, Any]) -> BaseModel:
@@ -262,11 +267,11 @@ _memory = _MemoryWatch()
 
 
 def job_handler(
-    request: type[BaseModel], *, routes: Mapping[str, type[BaseModel]] | None = None
+    *requests: type[BaseModel], routes: Mapping[str, type[BaseModel]] | None = None
 ) -> Callable[[Work], Callable[[Job], Any]]:
     """Turn a typed coroutine or async generator into the `handler(job)` that the SDK calls.
 
-    request: the model of the worker's own input.
+    requests: the model of the worker's own input; with several, the one whose fields the input has.
     routes: OpenAI paths (`/v1/embeddings`) and the model of each one's body.
 
     The decorated function takes the request (`current_job` has the rest of the job) and returns or yields
@@ -277,20 +282,22 @@ def job_handler(
 
     def decorate(work: Work) -> Callable[[Job], Any]:
         if inspect.isasyncgenfunction(work):
-            return _stream_handler(work, request, table)
-        return _plain_handler(work, request, table)
+            return _stream_handler(work, requests, table)
+        return _plain_handler(work, requests, table)
 
     return decorate
 
 
 def _plain_handler(
-    work: Callable[[Any], Awaitable[Any]], request: type[BaseModel], routes: dict[str, type[BaseModel]]
+    work: Callable[[Any], Awaitable[Any]],
+    requests: Sequence[type[BaseModel]],
+    routes: dict[str, type[BaseModel]],
 ) -> Callable[[Job], Awaitable[Any]]:
     @wraps(work)
     async def handler(job: Job) -> Any:
         _serve(job)
         try:
-            result = await finish(await work(parse(job, request, routes)), job)
+            result = await finish(await work(parse(job, requests, routes)), job)
         except Exception as error:
             problem, refresh = _explain_failure(error)
             return {"error": problem.json(), **({"refresh_worker": True} if refresh else {})}
@@ -301,14 +308,16 @@ def _plain_handler(
 
 
 def _stream_handler(
-    work: Callable[[Any], AsyncIterator[Any]], request: type[BaseModel], routes: dict[str, type[BaseModel]]
+    work: Callable[[Any], AsyncIterator[Any]],
+    requests: Sequence[type[BaseModel]],
+    routes: dict[str, type[BaseModel]],
 ) -> Callable[[Job], AsyncIterator[Any]]:
     @wraps(work)
     async def handler(job: Job) -> AsyncIterator[Any]:
         _serve(job)
         part = None
         try:
-            async for part in work(parse(job, request, routes)):
+            async for part in work(parse(job, requests, routes)):
                 yield part if isinstance(part, str) else await finish(part, job)
         except Exception as error:
             problem, refresh = _explain_failure(error)
