@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import sys
 import threading
@@ -16,7 +15,7 @@ from aiohttp import ClientSession, web
 
 from local.queue import Job, Queue, Rules
 from local.server import call_webhook, make_app
-from local.workers import Fleet, WorkerProcess, tail
+from local.workers import Fleet, WorkerProcess
 
 T = TypeVar("T")
 
@@ -46,7 +45,7 @@ class Platform:
         self._port = port
         self._queue = Queue(self.rules, on_end=self._ended)
         self._fleet = Fleet(self._queue, self.rules, endpoint_id=endpoint_id, echo=echo)
-        app = make_app(self._queue, self._fleet, self.rules, endpoint_id=endpoint_id, require_key=require_key)
+        app = make_app(self._queue, self._fleet, endpoint_id=endpoint_id, require_key=require_key)
         # A worker or a client that hangs up must be noticed while its request waits.
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -72,11 +71,10 @@ class Platform:
 
     async def start(self) -> None:
         """Listen. Raises OSError when the port is taken."""
-        self._loop = asyncio.get_running_loop()
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self._port)
-        await site.start()
+        await web.TCPSite(self._runner, "127.0.0.1", self._port).start()
         self._port = self._runner.addresses[0][1]
+        self._loop = self._fleet.loop = asyncio.get_running_loop()
         self._fleet.url = self.endpoint_url
         self._session = ClientSession()
         self._spawn(self._tick())
@@ -99,7 +97,7 @@ class Platform:
         """
         return await self._fleet.add(command, cwd, env or {})
 
-    async def wait_ready(self, timeout: float, count: int = 1) -> None:
+    async def wait_ready(self, timeout: float, count: int = 1) -> None:  # noqa: ASYNC109 (adds the logs)
         """Wait until `count` workers have asked for a job.
 
         Raises WorkerFailed as soon as one has died before that, TimeoutError after `timeout` seconds.
@@ -108,8 +106,8 @@ class Platform:
             async with asyncio.timeout(timeout):
                 await self._fleet.ready(count)
         except TimeoutError:
-            logs = "".join(f"\n{worker}:\n{tail(worker)}" for worker in self.workers)
-            raise TimeoutError(f"Not {count} workers were ready after {timeout:g} s.{logs}") from None
+            logs = "".join(f"\n{worker}:\n{worker.tail()}" for worker in self.workers)
+            raise TimeoutError(f"After {timeout:g} s not {count} workers are ready.{logs}") from None
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """The result of `coroutine`, run on the platform's loop; for other threads, as under `running`."""
@@ -122,8 +120,9 @@ class Platform:
             self._queue.expire()
 
     def _ended(self, job: Job) -> None:
-        if job.webhook is not None:
-            self._spawn(call_webhook(self._session, job, self.rules))
+        if "webhook" in job.work:
+            rules = self.rules
+            self._spawn(call_webhook(self._session, job, rules.webhook_retries, rules.webhook_delay))
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(coroutine)
@@ -168,8 +167,7 @@ def running(
     worker_env = {**(env or {}), "PYTHONPATH": os.pathsep.join(paths)}
     platform = Platform(port=port, rules=rules, echo=echo)
 
-    async def start() -> None:
-        await platform.start()
+    async def add_workers() -> None:
         for _ in range(workers):
             await platform.add_worker([python, "-u", handler.name], cwd=handler.parent, env=worker_env)
         await platform.wait_ready(ready_timeout, workers)
@@ -178,13 +176,12 @@ def running(
     thread = threading.Thread(target=loop.run_forever, name="local-platform", daemon=True)
     thread.start()
     try:
-        platform._loop = loop
+        asyncio.run_coroutine_threadsafe(platform.start(), loop).result()
         try:
-            platform.call(start())
+            platform.call(add_workers())
             yield platform
         finally:
-            with contextlib.suppress(AttributeError):
-                platform.call(platform.stop())
+            platform.call(platform.stop())
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()

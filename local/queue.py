@@ -1,4 +1,4 @@
-"""RunPod's job queue in memory: states, deadlines, retries and fair dispatch. No HTTP, no processes, no tasks.
+"""RunPod's job queue in memory: states, deadlines, retries, fair dispatch. No HTTP, processes or tasks in it.
 
 Everything happens inside calls; time passes in `expire()`. Not thread-safe: one event loop owns a queue.
 """
@@ -16,14 +16,13 @@ from enum import StrEnum
 from typing import Any
 
 MIB = 1 << 20
-WEEK = 7 * 86400.0
 
 
 @dataclass(frozen=True)
 class Rules:
-    """The platform's limits and intervals, with RunPod's own values. Seconds and bytes.
+    """The platform's limits and intervals, in seconds and bytes, with RunPod's own values as defaults.
 
-    Documented by RunPod, save the two marked "observed", which are what people report of the live platform.
+    Those marked "observed" are not documented: people report them of the live platform.
     """
 
     run_bytes: int = 10 * MIB
@@ -33,31 +32,31 @@ class Rules:
     chunk_bytes: int = MIB
     """Largest piece of a stream; larger ones are split."""
     execution_timeout: float = 600.0
-    execution_timeout_range: tuple[float, float] = (5.0, WEEK)
+    execution_timeout_range: tuple[float, float] = (5.0, 7 * 86400.0)
     ttl: float = 86400.0
     """A job's whole life, queue and run; after it the job is gone without a trace."""
-    ttl_range: tuple[float, float] = (10.0, WEEK)
+    ttl_range: tuple[float, float] = (10.0, 7 * 86400.0)
     run_retention: float = 1800.0
     runsync_retention: float = 60.0
     wait: float = 90.0
     """How long a /runsync waits before it answers with the job's state."""
     wait_range: tuple[float, float] = (1.0, 300.0)
     edge_timeout: float = 100.0
-    """Time to the first byte of an OpenAI route (observed); then the client gets a 524."""
+    """Time to the first byte of an OpenAI route, then 524 (observed)."""
     retries: int = 1
-    """How often a job that its worker lost is tried again before it fails (observed)."""
+    """How often a job that its worker lost is run again before it fails (observed)."""
     ping_interval: float = 10.0
     """Whole seconds, at least 1: the SDK knows no other."""
     missed_pings: int = 4
-    """A job that no ping of its worker has named for so many intervals is lost."""
+    """A job that its worker's pings have not named for so many intervals is lost (observed)."""
     queue_per_worker: int = 500
-    """A queue of more than 50 jobs and of more than this a worker answers 429."""
+    """A queue longer than 50 and than so many jobs a worker takes no more."""
     webhook_retries: int = 2
     webhook_delay: float = 10.0
     poll: float = 30.0
     """How long a worker's request for jobs or stop signals is held open."""
     restarts: int = 3
-    """How often in a row a worker that failed without having finished a job is started again."""
+    """How often in a row a worker is started again that ended without having finished a job."""
     restart_delay: float = 1.0
     """Pause before the first of these, doubled for each further one."""
     grace: float = 30.0
@@ -77,66 +76,59 @@ class State(StrEnum):
         return self not in (State.IN_QUEUE, State.IN_PROGRESS)
 
 
-class BadJob(ValueError):
-    """A request that cannot become a job."""
+class Refused(Exception):
+    """What was asked for is not done; `status` is the HTTP status for it."""
 
-
-class QueueFull(Exception):
-    """More jobs wait than the platform keeps for so few workers."""
-
-
-class NotYours(Exception):
-    """A worker reports on a job that it does not hold (any more)."""
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(eq=False)
 class Job:
-    """A job and its fate. Times are seconds on the queue's clock."""
+    """A job and its fate. Times are seconds on the queue's clock.
+
+    work: what the worker receives. sync: came by /runsync, so that its result is kept for the shorter time.
+    seen: when its worker took it or last named it. result: `output` and `error`, as far as there are any.
+    chunks: what was streamed and not yet read. listeners: called, and forgotten, at the next change.
+    """
 
     id: str
     work: dict[str, Any]
-    """What the worker receives."""
     sync: bool
     created: float
     execution_timeout: float
     ttl: float
-    webhook: str | None
     state: State = State.IN_QUEUE
     worker: str | None = None
     taken: float = 0.0
     seen: float = 0.0
-    """When its worker last took or named it."""
     ended: float = 0.0
     retries: int = 0
     result: dict[str, Any] = field(default_factory=dict)
-    """`output` and `error`, as far as the worker sent them."""
     chunks: deque[Any] = field(default_factory=deque)
-    """What was streamed and not yet read."""
     listeners: list[Callable[[], None]] = field(default_factory=list)
-    """Called once, and forgotten, at the next change."""
 
     def describe(self) -> dict[str, Any]:
         """The job as /status shows it; times in milliseconds."""
         body: dict[str, Any] = {"id": self.id, "status": self.state.value}
         if self.worker is not None:
-            body["delayTime"] = round(1000 * (self.taken - self.created))
-            body["workerId"] = self.worker
+            body |= {"delayTime": round(1000 * (self.taken - self.created)), "workerId": self.worker}
             if self.state.final:
                 body["executionTime"] = round(1000 * (self.ended - self.taken))
         if self.retries:
             body["retries"] = self.retries
         return body | self.result
 
-
-Deliver = Callable[[list[Job]], None]
-DeliverStops = Callable[[list[str]], None]
+    def changed(self) -> None:
+        """Call the listeners."""
+        listeners, self.listeners = self.listeners, []
+        for listener in listeners:
+            listener()
 
 
 class Queue:
-    """All jobs of an endpoint.
-
-    on_end: called with each job that has reached a final state.
-    """
+    """All jobs of an endpoint. `on_end` is called with each job that reaches a final state."""
 
     def __init__(
         self,
@@ -152,47 +144,44 @@ class Queue:
         self._on_end = on_end
         self._waiting: OrderedDict[str, Job] = OrderedDict()
         self._running: dict[str, dict[str, Job]] = {}
-        self._asking: dict[str, tuple[int, Deliver]] = {}
+        self._asking: dict[str, tuple[int, Callable[[list[Job]], None]]] = {}
         self._stops: dict[str, list[str]] = {}
-        self._listening: dict[str, DeliverStops] = {}
+        self._listening: dict[str, Callable[[list[str]], None]] = {}
 
-    # ---- the public side -------------------------------------------------------------------------------
+    # ---- clients ---------------------------------------------------------------------------------------
 
     def submit(self, body: Any, *, sync: bool, workers: int = 1) -> Job:
         """Queue the job of a request body `{"input": ..., "policy": ..., "webhook": ..., "s3Config": ...}`.
 
-        sync: came by /runsync, so that its result is kept for the shorter time.
-        workers: how many the endpoint has at most; limits the queue.
-        Raises BadJob, QueueFull. `policy.lowPriority` is accepted: it only concerns scaling.
+        workers: how many the endpoint has at most, which limits the queue. Raises Refused.
+        `policy.lowPriority` is accepted and ignored: it only concerns scaling.
         """
-        if not isinstance(body, dict):
-            raise BadJob("the body must be a JSON object")
-        if "input" not in body:
-            raise BadJob("input is required")
-        policy = body.get("policy") or {}
+        if not isinstance(body, dict) or "input" not in body:
+            raise Refused('the body must be a JSON object with the key "input"')
+        policy, webhook = body.get("policy") or {}, body.get("webhook") or "http://"
         if not isinstance(policy, dict):
-            raise BadJob("policy must be an object")
-        webhook = body.get("webhook")
-        if webhook is not None and not (
-            isinstance(webhook, str) and webhook.startswith(("http://", "https://"))
-        ):
-            raise BadJob("webhook must be an http(s) URL")
+            raise Refused("policy must be an object")
+        if not isinstance(webhook, str) or not webhook.startswith(("http://", "https://")):
+            raise Refused("webhook must be an http(s) URL")
         rules = self.rules
-        execution_timeout = _seconds(
-            policy, "executionTimeout", rules.execution_timeout, rules.execution_timeout_range
-        )
+        timeout = _seconds(policy, "executionTimeout", rules.execution_timeout, rules.execution_timeout_range)
         ttl = _seconds(policy, "ttl", rules.ttl, rules.ttl_range)
         if len(self._waiting) > max(50, rules.queue_per_worker * workers):
-            raise QueueFull(f"{len(self._waiting)} jobs are waiting")
-
+            raise Refused(f"{len(self._waiting)} jobs are waiting", 429)
         name = f"{'sync-' if sync else ''}{uuid.uuid4()}-u1"
-        # RunPod leaves an empty input out, and the SDK of a worker without concurrency then drops the job.
+        # An empty input never arrives on RunPod either: the SDK of a worker that takes single jobs drops
+        # such a job, and it fails after its retries (observed).
         work = {key: body[key] for key in ("input", "webhook", "s3Config") if body.get(key)}
-        job = Job(name, {"id": name} | work, sync, self._clock(), execution_timeout, ttl, webhook)
-        self.jobs[name] = job
-        self._waiting[name] = job
+        job = Job(name, {"id": name} | work, sync, self._clock(), timeout, ttl)
+        self.jobs[name] = self._waiting[name] = job
         self._dispatch()
         return job
+
+    def find(self, name: str) -> Job:
+        """The job of this id. Raises Refused (404) when it never was, or is no longer kept."""
+        if name not in self.jobs:
+            raise Refused("request does not exist", 404)
+        return self.jobs[name]
 
     def cancel(self, job: Job) -> None:
         """End a job that has not ended; its worker is told to stop it."""
@@ -200,11 +189,11 @@ class Queue:
             self._end(job, State.CANCELLED)
 
     def retry(self, job: Job) -> None:
-        """Queue a job once more. Raises BadJob unless it has FAILED or TIMED_OUT."""
+        """Queue a job once more. Raises Refused unless it has FAILED or TIMED_OUT."""
         if job.state not in (State.FAILED, State.TIMED_OUT):
-            raise BadJob(f"a job that is {job.state} cannot be retried")
-        self.counts["retried"] += 1
+            raise Refused(f"a job that is {job.state} cannot be retried")
         job.retries = 0
+        self.counts["retried"] += 1
         self._requeue(job, first=False)
         self._dispatch()
 
@@ -220,20 +209,20 @@ class Queue:
         running = sum(map(len, self._running.values()))
         return {**self.counts, "inProgress": running, "inQueue": len(self._waiting)}
 
-    # ---- the workers' side -----------------------------------------------------------------------------
+    # ---- workers ---------------------------------------------------------------------------------------
 
-    def ask(self, worker: str, limit: int, deliver: Deliver) -> None:
+    def ask(self, worker: str, limit: int, deliver: Callable[[list[Job]], None]) -> None:
         """Call `deliver` with up to `limit` jobs, now or as soon as there is one.
 
-        Jobs go to the worker that has the fewest, then to the one that has asked for longest. While several
-        workers are known nobody gets more than an even share of what waits.
+        Jobs go to the worker that holds the fewest, then to the one that has asked for longest, and no
+        worker gets more than its even share of what waits.
         """
         self._running.setdefault(worker, {})
         self._asking.pop(worker, None)
         self._asking[worker] = (limit, deliver)
         self._dispatch()
 
-    def withdraw(self, worker: str, deliver: Deliver) -> None:
+    def withdraw(self, worker: str, deliver: Callable[[list[Job]], None]) -> None:
         """Forget an `ask`."""
         if worker in self._asking and self._asking[worker][1] is deliver:
             del self._asking[worker]
@@ -245,18 +234,18 @@ class Queue:
                 self._requeue(job, first=True)
         self._dispatch()
 
-    def listen(self, worker: str, deliver: DeliverStops) -> None:
+    def listen(self, worker: str, deliver: Callable[[list[str]], None]) -> None:
         """Call `deliver` with the ids of jobs to stop, now or as soon as there is one."""
         self._listening[worker] = deliver
         self._signal(worker)
 
-    def unlisten(self, worker: str, deliver: DeliverStops) -> None:
+    def unlisten(self, worker: str, deliver: Callable[[list[str]], None]) -> None:
         """Forget a `listen`."""
         if self._listening.get(worker) is deliver:
             del self._listening[worker]
 
     def dismiss(self, worker: str) -> None:
-        """Answer what the worker has asked for with nothing, so that it can leave."""
+        """Answer whatever the worker waits for with nothing."""
         if worker in self._asking:
             self._asking.pop(worker)[1]([])
         if worker in self._listening:
@@ -270,39 +259,36 @@ class Queue:
                 held[name].seen = self._clock()
 
     def stream(self, worker: str, name: str, chunk: Any) -> None:
-        """Append a chunk for /stream. Raises NotYours."""
-        job = self._held(worker, name)
+        """Append a chunk for /stream. Raises Refused when another worker holds the job, or none."""
+        job = self._reported(worker, name)
         if job.state is State.IN_PROGRESS:
             job.chunks.extend(_split(chunk, self.rules.chunk_bytes))
-            _notify(job)
+            job.changed()
 
-    def progress(self, worker: str, name: str, output: Any) -> None:
-        """Show `output` while the job runs. Raises NotYours."""
-        job = self._held(worker, name)
-        if job.state is State.IN_PROGRESS:
-            job.result = {"output": output}
-            _notify(job)
+    def report(self, worker: str, name: str, report: dict[str, Any]) -> None:
+        """Take what a worker says of its job: a progress update or its end. Raises Refused as `stream` does.
 
-    def finish(self, worker: str, name: str, result: dict[str, Any]) -> None:
-        """End a job with what its worker returned; ignored if it has ended meanwhile. Raises NotYours.
-
-        A text as `error` fails the job. Any other error is lost and the job counts as completed (what RunPod
-        does, runpod-python issue 299).
+        A text as `error` fails the job. Any other error is lost and the job counts as completed, which is
+        what RunPod does (runpod-python issue 299). What comes for a job that has ended is ignored.
         """
-        job = self._held(worker, name)
-        if job.state is State.IN_PROGRESS:
-            error = result.get("error")
-            job.result = {key: result[key] for key in ("output", "error") if key in result}
-            if not isinstance(error, str):
-                job.result.pop("error", None)
-            self._end(job, State.FAILED if isinstance(error, str) else State.COMPLETED)
+        job = self._reported(worker, name)
+        if job.state is not State.IN_PROGRESS:
+            return
+        job.result = {key: report[key] for key in ("output", "error") if key in report}
+        if report.get("status") == State.IN_PROGRESS:
+            job.changed()
+        elif isinstance(report.get("error"), str):
+            self._end(job, State.FAILED)
+        else:
+            job.result.pop("error", None)
+            self._end(job, State.COMPLETED)
 
     def held(self, worker: str) -> int:
         """How many jobs the worker runs."""
         return len(self._running.get(worker, {}))
 
     def leave(self, worker: str) -> None:
-        """The worker is gone: its jobs are lost to it."""
+        """The worker is gone, and its jobs are lost."""
         self.dismiss(worker)
         for job in list(self._running.get(worker, {}).values()):
             self._lose(job)
@@ -315,18 +301,17 @@ class Queue:
     def expire(self) -> None:
         """Do what is due by now: deadlines, lost jobs, results that are no longer kept."""
         now, rules = self._clock(), self.rules
-        patience = rules.missed_pings * rules.ping_interval
         for job in list(self.jobs.values()):
             if job.state.final:
                 if now - job.ended >= (rules.runsync_retention if job.sync else rules.run_retention):
                     del self.jobs[job.id]
             elif now - job.created >= job.ttl:
-                self._end(job, State.TIMED_OUT, error="ttl exceeded")
+                self._end(job, State.TIMED_OUT, "ttl exceeded")
                 del self.jobs[job.id]
             elif job.state is State.IN_PROGRESS:
                 if now - job.taken >= job.execution_timeout:
-                    self._end(job, State.TIMED_OUT, error="executionTimeout exceeded")
-                elif now - job.seen >= patience:
+                    self._end(job, State.TIMED_OUT, "executionTimeout exceeded")
+                elif now - job.seen >= rules.missed_pings * rules.ping_interval:
                     self._stop(job)
                     self._lose(job)
         self._dispatch()
@@ -338,21 +323,19 @@ class Queue:
             worker = min(self._asking, key=self.held)
             limit, deliver = self._asking.pop(worker)
             share = math.ceil(len(self._waiting) / len(self._running))
-            jobs = []
-            for _ in range(min(limit, share)):
-                job = self._waiting.popitem(last=False)[1]
+            jobs = [self._waiting.popitem(last=False)[1] for _ in range(min(limit, share))]
+            for job in jobs:
                 job.state, job.worker = State.IN_PROGRESS, worker
                 job.taken = job.seen = self._clock()
                 self._running[worker][job.id] = job
-                jobs.append(job)
             deliver(jobs)
             for job in jobs:
-                _notify(job)
+                job.changed()
 
-    def _held(self, worker: str, name: str) -> Job:
+    def _reported(self, worker: str, name: str) -> Job:
         job = self.jobs.get(name)
         if job is None or job.worker != worker:
-            raise NotYours(name)
+            raise Refused("this worker does not hold this job")
         return job
 
     def _release(self, job: Job) -> None:
@@ -367,28 +350,26 @@ class Queue:
         self._waiting[job.id] = job
         if first:
             self._waiting.move_to_end(job.id, last=False)
-        _notify(job)
+        job.changed()
 
     def _lose(self, job: Job) -> None:
         if job.retries >= self.rules.retries:
-            self._end(job, State.FAILED, error=f"job timed out after {job.retries} retries")
+            self._end(job, State.FAILED, f"job timed out after {job.retries} retries")
         else:
             job.retries += 1
             self.counts["retried"] += 1
             self._requeue(job, first=True)
 
     def _end(self, job: Job, state: State, error: str | None = None) -> None:
-        if job.state is State.IN_PROGRESS and state in (State.CANCELLED, State.TIMED_OUT):
+        if state in (State.CANCELLED, State.TIMED_OUT):
             self._stop(job)
         self._release(job)
         job.state, job.ended = state, self._clock()
         if error is not None:
             job.result = {"error": error}
-        if state is State.COMPLETED:
-            self.counts["completed"] += 1
-        elif state is not State.CANCELLED:
-            self.counts["failed"] += 1
-        _notify(job)
+        if state is not State.CANCELLED:
+            self.counts["completed" if state is State.COMPLETED else "failed"] += 1
+        job.changed()
         self._on_end(job)
 
     def _stop(self, job: Job) -> None:
@@ -401,28 +382,25 @@ class Queue:
             self._listening.pop(worker)(self._stops.pop(worker))
 
 
-def _notify(job: Job) -> None:
-    listeners, job.listeners = job.listeners, []
-    for listener in listeners:
-        listener()
-
-
 def _seconds(policy: dict[str, Any], key: str, default: float, allowed: tuple[float, float]) -> float:
-    """A time of the policy, which is in milliseconds; 0 and null mean the default."""
+    """A time of the policy, which is in milliseconds; 0 and null mean the default. Raises Refused.
+
+    That a time out of bounds is refused, not held to them, is an assumption.
+    """
     value = policy.get(key)
     if not value:
         return default
     low, high = allowed
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value / 1000 <= high:
-        raise BadJob(f"policy.{key} must be a number of milliseconds from {low * 1000:g} to {high * 1000:g}")
+        raise Refused(f"policy.{key} must be milliseconds from {low * 1000:.0f} to {high * 1000:.0f}")
     return value / 1000
 
 
 def _split(chunk: Any, limit: int) -> list[Any]:
-    """`chunk` in pieces of at most `limit` bytes: text between characters, anything else as pieces of JSON."""
+    """`chunk` in pieces of up to `limit` bytes: text between characters, anything else as its JSON's text."""
     text = chunk if isinstance(chunk, str) else json.dumps(chunk, ensure_ascii=False)
-    # No character takes more than four bytes, which spares most chunks the encoding.
-    if 4 * len(text) <= limit or len(data := text.encode("utf-8", "replace")) <= limit:
+    data = text.encode("utf-8", "replace")
+    if len(data) <= limit:
         return [chunk]
     pieces = []
     start = 0

@@ -18,8 +18,7 @@ from pathlib import Path
 from local.queue import Queue, Rules
 
 _PHASE = re.compile(r"phase=(\S+) seconds=(\d+(?:\.\d+)?)")
-_LINES = 5000
-_LINE_LENGTH = 10_000
+_LINES, _LINE_LENGTH = 5000, 10_000
 
 
 class WorkerFailed(RuntimeError):
@@ -27,115 +26,111 @@ class WorkerFailed(RuntimeError):
 
 
 class WorkerProcess:
-    """One process of a worker. A replacement is a new WorkerProcess, with a new id.
+    """One process of a worker; its replacement is another WorkerProcess, with an id of its own.
 
-    id: what RunPod calls the worker's (pod's) id.
+    id: the worker's (pod's) id.
     phases: seconds by name, from log lines that hold `phase=<name> seconds=<float>`.
     ready_after: seconds from the process's start to its first request for a job; None before that.
+    returncode: None while it lives; negative for a signal.
     """
 
-    def __init__(self, command: Sequence[str], cwd: Path, env: Mapping[str, str]) -> None:
+    def __init__(self, fleet: Fleet, command: Sequence[str], cwd: Path, env: Mapping[str, str]) -> None:
         self.id = uuid.uuid4().hex[:14]
-        self.command = list(command)
-        self.cwd = cwd
-        self.env = dict(env)
+        self.command, self.cwd, self.env = list(command), cwd, dict(env)
         self.phases: dict[str, float] = {}
         self.ready_after: float | None = None
         self.returncode: int | None = None
-        self.finished_jobs = 0
-        self.leaving = False
-        """It gets no more jobs: it was told to terminate, or asked to be refreshed."""
-        self.wanted = True
-        """A new one takes its place when it ends."""
-        self.missing = False
-        """Its pings have stopped."""
-        self._last_ping = 0.0
-        self._lines: deque[str] = deque(maxlen=_LINES)
+        self.jobs_done = 0
+        self.leaving = False  # Gets no more jobs: it was told to terminate, or asks to be refreshed.
+        self.wanted = True  # A new one takes its place when it ends.
+        self.silent = False  # Its pings have stopped.
         self._killed = False
-        self._started = 0.0
-        self._fleet: Fleet | None = None
+        self._lines: deque[str] = deque(maxlen=_LINES)
+        self._fleet = fleet
+        self._last_ping = self._started = 0.0
         self._process: asyncio.subprocess.Process | None = None
 
     def __repr__(self) -> str:
-        return f"<WorkerProcess {self.id} pid={self.pid} {self.state}>"
+        return f"<WorkerProcess {self.id} {self.state}>"
 
     @property
     def pid(self) -> int:
-        """The process's id, which is its group's too."""
-        if self._process is None:
-            raise RuntimeError("The worker has not been started.")
+        """The id of the process and of its group."""
+        assert self._process is not None
         return self._process.pid
 
     @property
     def alive(self) -> bool:
-        return self._process is not None and self.returncode is None and not self._killed
+        return self.returncode is None and not self._killed
 
     @property
     def lines(self) -> list[str]:
         """The last lines of its standard output and error."""
         return list(self._lines)
 
+    def tail(self) -> str:
+        """The last few lines, to be shown in an error."""
+        return "\n".join(f"  {line}" for line in self.lines[-20:]) or "  (it wrote nothing)"
+
     @property
     def state(self) -> str:
-        """initializing, idle, running, draining, exited or unhealthy (it failed, or its pings have stopped)."""
+        """initializing, idle, running, draining, unhealthy (failed, or no longer heard of) or exited."""
         if not self.alive:
-            return "exited" if self.returncode == 0 or self._killed or not self.wanted else "unhealthy"
+            expected = self.returncode == 0 and self.ready_after is not None
+            return "exited" if expected or self._killed or not self.wanted else "unhealthy"
         if self.leaving:
             return "draining"
-        if self.missing:
+        if self.silent:
             return "unhealthy"
         if self.ready_after is None:
             return "initializing"
-        return "running" if self._fleet and self._fleet.queue.held(self.id) else "idle"
-
-    @property
-    def failed_to_start(self) -> bool:
-        """It ended by itself without having asked for a job."""
-        return self.returncode is not None and self.ready_after is None and self.wanted and not self._killed
+        return "running" if self._fleet.queue.held(self.id) else "idle"
 
     def kill(self) -> None:
-        """SIGKILL to the process and all it has started. It is replaced, as after a crash."""
+        """SIGKILL to the process and all that it has started. It is replaced, as after a crash."""
         if self.returncode is None:
             self._killed = True
-            self._signal_group(signal.SIGKILL)
+            self._signal_group()
 
     def terminate(self) -> None:
-        """SIGTERM, and SIGKILL after the time of grace: it finishes its jobs, gets no new one, is not replaced."""
+        """Send SIGTERM, and SIGKILL when the grace is over. It finishes its jobs and is not replaced."""
         self.wanted = False
         self._leave()
 
-    # ---- what the fleet and the server tell it ---------------------------------------------------------
+    def refresh(self) -> None:
+        """Have it replaced as soon as its jobs have ended; it gets no more of them."""
+        self.leaving = True
+        if not self._fleet.queue.held(self.id):
+            self._leave()
 
     def asked(self) -> None:
-        """It has asked for a job."""
+        """It asks for a job: it is ready."""
         if self.ready_after is None:
             self.ready_after = time.monotonic() - self._started
             self.pinged()
-            if self._fleet:
-                self._fleet.changed()
+            self._fleet.changed()
 
     def pinged(self) -> None:
         self._last_ping = time.monotonic()
-        self.missing = False
-
-    def refresh(self) -> None:
-        """It asked to be replaced: once its other jobs have ended."""
-        self.leaving = True
-        if self._fleet and not self._fleet.queue.held(self.id):
-            self._leave()
 
     def check_pings(self, patience: float) -> None:
-        """Give it no jobs while it has not pinged for `patience` seconds."""
-        self.missing = self.ready_after is not None and time.monotonic() - self._last_ping > patience
+        """Give it no jobs while its last ping is older than `patience` seconds."""
+        self.silent = self.ready_after is not None and time.monotonic() - self._last_ping > patience
+        if self.silent:
+            self._fleet.queue.dismiss(self.id)
 
-    async def start(self, fleet: Fleet, env: Mapping[str, str]) -> None:
-        """Start the process in a session of its own."""
-        self._fleet = fleet
+    async def start(self, env: Mapping[str, str]) -> None:
+        """Start the process, in a session of its own."""
         command = self.command
         if setpriv := shutil.which("setpriv"):
             # Linux: should this process die without a chance to clean up, its workers end too.
             command = [setpriv, "--pdeathsig", "TERM", *command]
         read, write = os.pipe()
+        # Not the subprocess's own pipe: its wait() lasts until every grandchild has closed it.
+        self._log = _Log(self._line)
+        self._pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: self._log, os.fdopen(read, "rb", 0)
+        )
         try:
             self._started = time.monotonic()
             self._process = await asyncio.create_subprocess_exec(
@@ -148,21 +143,16 @@ class WorkerProcess:
                 start_new_session=True,
             )
         except BaseException:
-            os.close(read)
+            self._pipe.close()
             raise
         finally:
             os.close(write)
-        self._log = _Log(self._line)
-        # Not the subprocess's own pipe: its wait() would last until every grandchild has closed it.
-        self._pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
-            lambda: self._log, os.fdopen(read, "rb", 0)
-        )
 
     async def ended(self) -> None:
-        """Wait for its end, and end what it has left behind."""
+        """Wait for its end, and end what it leaves behind, such as the SDK's heartbeat process."""
         assert self._process is not None
         code = await self._process.wait()
-        self._signal_group(signal.SIGKILL)
+        self._signal_group()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._log.closed.wait(), 5)
         self._pipe.close()
@@ -170,20 +160,20 @@ class WorkerProcess:
 
     def _leave(self) -> None:
         self.leaving = True
-        if self._fleet and self._process and self.returncode is None:
+        if self.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)
             self._fleet.loop.call_soon_threadsafe(self._fleet.see_off, self)
 
-    def _signal_group(self, number: int) -> None:
+    def _signal_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, number)
+            os.killpg(self.pid, signal.SIGKILL)
 
     def _line(self, line: str) -> None:
         self._lines.append(line)
         if match := _PHASE.search(line):
             self.phases[match[1]] = float(match[2])
-        if self._fleet and self._fleet.echo:
+        if self._fleet.echo:
             print(f"[{self.id[:4]}] {line}", file=sys.stderr, flush=True)
 
 
@@ -200,44 +190,39 @@ class _Log(asyncio.Protocol):
         if len(self._rest) > _LINE_LENGTH:
             lines.append(self._rest)
             self._rest = b""
-        for line in lines:
-            if line:
-                self._line(line[:_LINE_LENGTH].decode(errors="replace"))
+        for line in filter(None, lines):
+            self._line(line[:_LINE_LENGTH].decode(errors="replace"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._rest:
-            self._line(self._rest.decode(errors="replace"))
+        self.data_received(b"\n")
         self.closed.set()
 
 
 class Fleet:
     """The workers of an endpoint, each kept alive by the rules.
 
-    url: the endpoint's base, `http://127.0.0.1:PORT/v2/<endpoint>`; set before the first worker is added.
+    url: `http://127.0.0.1:PORT/v2/<endpoint>`; url and loop are set before the first worker is added.
     workers: the processes that live, and those that have failed and are not (yet) replaced.
     """
 
+    url: str
+    loop: asyncio.AbstractEventLoop
+
     def __init__(self, queue: Queue, rules: Rules, *, endpoint_id: str, echo: bool = False) -> None:
-        self.queue = queue
-        self.rules = rules
-        self.endpoint_id = endpoint_id
-        self.echo = echo
-        self.url = ""
+        self.queue, self.rules, self.endpoint_id, self.echo = queue, rules, endpoint_id, echo
         self.workers: list[WorkerProcess] = []
-        self.loop: asyncio.AbstractEventLoop
-        self._keepers: dict[asyncio.Task[None], None] = {}
+        self._keepers: set[asyncio.Task[None]] = set()
         self._change = asyncio.Event()
-        self._stopping = False
+        self._stop = asyncio.Event()
 
     async def add(self, command: Sequence[str], cwd: Path, env: Mapping[str, str]) -> WorkerProcess:
         """Start a worker and keep it alive."""
-        self.loop = asyncio.get_running_loop()
-        worker = WorkerProcess(command, cwd, env)
-        await worker.start(self, self._environment(worker.id))
+        worker = WorkerProcess(self, command, cwd, env)
+        await worker.start(self._environment(worker.id))
         self.workers.append(worker)
         keeper = asyncio.create_task(self._keep(worker))
-        self._keepers[keeper] = None
-        keeper.add_done_callback(lambda task: self._keepers.pop(task, None))
+        self._keepers.add(keeper)
+        keeper.add_done_callback(self._keepers.discard)
         return worker
 
     def get(self, worker_id: str) -> WorkerProcess | None:
@@ -245,30 +230,21 @@ class Fleet:
         return next((worker for worker in self.workers if worker.id == worker_id and worker.alive), None)
 
     def health(self) -> dict[str, int]:
-        """The `workers` half of /health. `ready` equals `idle`, as on RunPod."""
+        """The `workers` half of /health. `ready` equals `idle`, as on RunPod (observed)."""
         states = [worker.state for worker in self.workers]
-        idle = states.count("idle")
-        return {
-            "idle": idle,
-            "initializing": states.count("initializing"),
-            "ready": idle,
-            "running": states.count("running") + states.count("draining"),
-            "throttled": 0,
-            "unhealthy": states.count("unhealthy"),
-        }
+        names = ("idle", "initializing", "ready", "running", "throttled", "unhealthy")
+        counts = {name: states.count(name) for name in names}
+        return counts | {"ready": counts["idle"], "running": counts["running"] + states.count("draining")}
 
     async def ready(self, count: int) -> None:
         """Wait until `count` workers have asked for a job. Raises WorkerFailed."""
-        while True:
-            failed = [worker for worker in self.workers if worker.failed_to_start]
-            ready = [worker for worker in self.workers if worker.alive and worker.ready_after is not None]
-            if len(ready) >= count:
-                return
-            if failed:
-                raise WorkerFailed(
-                    f"Worker {failed[0].id} exited with status {failed[0].returncode} before it was ready."
-                    f" Its last lines:\n{tail(failed[0])}"
-                )
+        while sum(worker.alive and worker.ready_after is not None for worker in self.workers) < count:
+            for worker in self.workers:
+                if worker.state == "unhealthy" and worker.ready_after is None:
+                    raise WorkerFailed(
+                        f"The worker exited with status {worker.returncode} before it was ready."
+                        f" Its last lines:\n{worker.tail()}"
+                    )
             await self._change.wait()
 
     def changed(self) -> None:
@@ -277,24 +253,22 @@ class Fleet:
         self._change = asyncio.Event()
 
     def check_pings(self) -> None:
+        """Find the workers whose pings have stopped."""
         for worker in self.workers:
             worker.check_pings(self.rules.missed_pings * self.rules.ping_interval)
 
     def see_off(self, worker: WorkerProcess) -> None:
-        """Help a worker that was sent SIGTERM to leave: answer its long polls, kill it when its time is up."""
-        # A moment later, so that the signal's handler has run when the worker reads the answer.
+        """Help a worker leave that was sent SIGTERM: answer its long polls, and kill it when time is up."""
+        # A moment later, so that the signal's handler has run when the worker reads the answers.
         self.loop.call_later(0.05, self.queue.dismiss, worker.id)
-        self.loop.call_later(self.rules.grace, lambda: worker.alive and worker.kill())
+        self.loop.call_later(self.rules.grace, worker.kill)
 
     async def stop(self) -> None:
         """End all workers, with grace, and wait for it."""
-        self._stopping = True
+        self._stop.set()
         for worker in self.workers:
-            if worker.returncode is None:
-                worker.terminate()
-        for keeper in list(self._keepers):
-            with contextlib.suppress(asyncio.CancelledError):
-                await keeper
+            worker.terminate()
+        await asyncio.gather(*self._keepers)
 
     async def _keep(self, worker: WorkerProcess) -> None:
         failures = 0
@@ -302,50 +276,44 @@ class Fleet:
             await worker.ended()
             self.queue.leave(worker.id)
             self.changed()
-            if not worker.wanted or self._stopping:
+            if not worker.wanted:
                 self.workers.remove(worker)
                 return
             if worker.returncode == 0 and worker.ready_after is not None:
                 failures = 0
             else:
-                failures = 1 if worker.finished_jobs else failures + 1
+                failures = 1 if worker.jobs_done else failures + 1
                 if failures > self.rules.restarts:
                     return
-                await self._pause(self.rules.restart_delay * 2 ** (failures - 1))
-            if self._stopping:
-                return
-            successor = WorkerProcess(worker.command, worker.cwd, worker.env)
-            await successor.start(self, self._environment(successor.id))
-            self.workers[self.workers.index(worker)] = successor
-            worker = successor
-            if self._stopping:
+                with contextlib.suppress(TimeoutError):
+                    delay = self.rules.restart_delay * 2 ** (failures - 1)
+                    await asyncio.wait_for(self._stop.wait(), delay)
+            successor = WorkerProcess(self, worker.command, worker.cwd, worker.env)
+            await successor.start(self._environment(successor.id))
+            self.workers[self.workers.index(worker)] = worker = successor
+            if self._stop.is_set():
                 worker.terminate()
 
-    async def _pause(self, seconds: float) -> None:
-        deadline = self.loop.time() + seconds
-        while not self._stopping and (left := deadline - self.loop.time()) > 0:
-            await asyncio.sleep(min(left, 0.2))
-
     def _environment(self, worker_id: str) -> dict[str, str]:
-        """What RunPod sets, on top of this process's own environment."""
-        env = {key: value for key, value in os.environ.items() if not key.startswith("RUNPOD_")}
-        url = self.url
-        return env | {
+        """This process's own environment, with what RunPod sets."""
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("RUNPOD_")}
+        # The heartbeat goes through the environment's proxy otherwise.
+        no_proxy = ",".join(
+            filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1"])
+        )
+        return inherited | {
+            "no_proxy": no_proxy,
+            "NO_PROXY": no_proxy,
             "RUNPOD_POD_ID": worker_id,
             "RUNPOD_POD_HOSTNAME": worker_id,
             "RUNPOD_ENDPOINT_ID": self.endpoint_id,
             "RUNPOD_AI_API_KEY": worker_id,
             "RUNPOD_PING_INTERVAL": str(round(1000 * self.rules.ping_interval)),
-            "RUNPOD_WEBHOOK_GET_JOB": f"{url}/job-take/$ID?gpu=local",
-            "RUNPOD_WEBHOOK_POST_OUTPUT": f"{url}/job-done/$RUNPOD_POD_ID/$ID?gpu=local",
-            "RUNPOD_WEBHOOK_POST_STREAM": f"{url}/job-stream/$RUNPOD_POD_ID/$ID?gpu=local",
-            "RUNPOD_WEBHOOK_PING": f"{url}/ping/$RUNPOD_POD_ID?gpu=local",
-            # They demand 4 GB of memory, the internet and a GPU.
+            "RUNPOD_WEBHOOK_GET_JOB": f"{self.url}/job-take/$ID?gpu=local",
+            "RUNPOD_WEBHOOK_POST_OUTPUT": f"{self.url}/job-done/$RUNPOD_POD_ID/$ID?gpu=local",
+            "RUNPOD_WEBHOOK_POST_STREAM": f"{self.url}/job-stream/$RUNPOD_POD_ID/$ID?gpu=local",
+            "RUNPOD_WEBHOOK_PING": f"{self.url}/ping/$RUNPOD_POD_ID?gpu=local",
+            # The SDK's checks demand 4 GB of memory, the internet and a GPU.
             "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
             "RUNPOD_SKIP_GPU_CHECK": "true",
         }
-
-
-def tail(worker: WorkerProcess, lines: int = 20) -> str:
-    """The last lines of a worker's log."""
-    return "\n".join(f"  {line}" for line in worker.lines[-lines:]) or "  (it wrote nothing)"

@@ -1,14 +1,47 @@
-"""Answers with its input, after `sleep` seconds, and says which worker it was."""
+"""Does what its input says: `sleep`, `block`, `big`, `raise`, `exit`, `return` (one of RETURNS).
+
+Notes its jobs in the file NOTES: `<event> <job's id> <worker's id>`.
+"""
 
 import asyncio
 import os
+import time
 
 import runpod
 
+WORKER = os.environ["RUNPOD_POD_ID"]
+RETURNS = {
+    "nan": {"x": float("nan")},
+    "bytes": {"x": b"bytes"},
+    "dict_error": {"error": {"message": "lost"}},
+    "error": {"error": "no luck"},
+    "refresh": {"refresh_worker": True, "worker": WORKER},
+}
+
+
+def note(event, job):
+    if path := os.environ.get("NOTES"):
+        with open(path, "a") as notes:
+            notes.write(f"{event} {job['id']} {WORKER}\n")
+
 
 async def handler(job):
-    await asyncio.sleep(job["input"].get("sleep", 0))
-    return {"echo": job["input"], "worker": os.environ["RUNPOD_POD_ID"]}
+    order = job["input"]
+    note("start", job)
+    if order.get("exit"):
+        os._exit(1)
+    time.sleep(order.get("block", 0))  # noqa: ASYNC251 (it is to block)
+    try:
+        await asyncio.sleep(order.get("sleep", 0))
+    except asyncio.CancelledError:
+        note("cancelled", job)
+        raise
+    note("end", job)
+    if "raise" in order:
+        raise RuntimeError(order["raise"])
+    if "return" in order:
+        return dict(RETURNS[order["return"]])
+    return {"echo": order, "worker": WORKER, "big": "x" * order.get("big", 0)}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,161 @@
+"""`python -m local serve <worker>`: an endpoint on this machine until Ctrl-C. `python -m local run <worker>`:
+the worker's test_input.json through /runsync, once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import signal
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from aiohttp import ClientSession
+
+from local import Platform, WorkerFailed, running
+from local.platform import find_handler
+
+_READY_TIMEOUT = 3600.0
+_KEY = {"Authorization": "Bearer local"}
+_OPENAI = {
+    "/v1/embeddings": """\
+        vectors = client.embeddings.create(model=model, input=["A cat sat on the mat.", "It rains."])
+        print([len(item.embedding) for item in vectors.data])""",
+    "/v1/chat/completions": """\
+        messages = [{"role": "user", "content": "Say hello in three languages."}]
+        for part in client.chat.completions.create(model=model, messages=messages, stream=True):
+            print(part.choices[0].delta.content or "" if part.choices else "", end="", flush=True)""",
+    "/v1/models": """\
+        print(model)""",
+}
+
+
+def serve(arguments: argparse.Namespace, handler: Path) -> int:
+    """Run an endpoint until it is interrupted."""
+    with _start(arguments, handler) as platform:
+        print(_guide(platform, handler), flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print("\nStopping: the workers finish their jobs.", flush=True)
+    return 0
+
+
+def run(arguments: argparse.Namespace, handler: Path) -> int:
+    """Send test_input.json through the worker and print the answer; 0 when the job is COMPLETED."""
+    body = json.loads(_test_input(handler).read_text())
+    with _start(arguments, handler) as platform:
+        begin = time.monotonic()
+        answer = platform.call(_post(f"{platform.endpoint_url}/runsync?wait=300000", body))
+        milliseconds = 1000 * (time.monotonic() - begin)
+        print(json.dumps(_shorten(answer), indent=2, ensure_ascii=False))
+        (worker,) = platform.workers
+        for name, seconds in {**worker.phases, "first request for a job": worker.ready_after or 0}.items():
+            print(f"{name:>24} {seconds:9.3f} s")
+        print(f"{'request to answer':>24} {milliseconds:9.1f} ms")
+    return 0 if answer.get("status") == "COMPLETED" else 1
+
+
+def _start(arguments: argparse.Namespace, handler: Path) -> Any:
+    print(f"Starting {handler.parent.name}/{handler.name} ...", file=sys.stderr, flush=True)
+    return running(
+        handler,
+        workers=arguments.workers,
+        env=dict(arguments.env),
+        port=arguments.port,
+        ready_timeout=_READY_TIMEOUT,
+        echo=arguments.verbose,
+    )
+
+
+def _guide(platform: Platform, handler: Path) -> str:
+    """The addresses, and examples that work when they are pasted."""
+    lines = [
+        f"RunPod's API      {platform.endpoint_url}   (run, runsync, status, stream, cancel, health)",
+        f"OpenAI's API      {platform.openai_url}",
+    ]
+    if _test_input(handler).is_file():
+        body = json.dumps(json.loads(_test_input(handler).read_text()), ensure_ascii=False)
+        data = shlex.quote(body if len(body) < 500 else f"@{_test_input(handler)}")
+        lines += [
+            "\nWith curl:\n",
+            f"curl -s {platform.endpoint_url}/runsync -H 'Authorization: Bearer local' \\",
+            f"  -H 'Content-Type: application/json' -d {data}",
+        ]
+    source = handler.read_text()
+    if route := next((route for route in _OPENAI if f'"{route}"' in source), None):
+        lines += [
+            "\nWith OpenAI's client, in Python:\n",
+            "from openai import OpenAI",
+            f'client = OpenAI(base_url="{platform.openai_url}", api_key="local")',
+            "model = client.models.list().data[0].id",
+            textwrap.dedent(_OPENAI[route]),
+        ]
+    return "\n".join([*lines, "\nCtrl-C stops it."])
+
+
+async def _post(url: str, body: Any) -> dict[str, Any]:
+    async with ClientSession() as session, session.post(url, json=body, headers=_KEY) as response:
+        answer: dict[str, Any] = await response.json()
+        return answer
+
+
+def _shorten(value: Any) -> Any:
+    """`value` for the eye: long texts and lists are cut."""
+    if isinstance(value, str) and len(value) > 300:
+        return f"{value[:300]}... ({len(value)} characters)"
+    if isinstance(value, list):
+        short = [_shorten(item) for item in value[:4]]
+        return [*short, f"... ({len(value)} in all)"] if len(value) > 4 else short
+    if isinstance(value, dict):
+        return {key: _shorten(item) for key, item in value.items()}
+    return value
+
+
+def _test_input(handler: Path) -> Path:
+    return handler.parent / "test_input.json"
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status: 0 for success, 1 for a worker or a job that failed, 2 for wrong arguments."""
+    parser = argparse.ArgumentParser(prog="python -m local", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    for name, command in (("serve", serve), ("run", run)):
+        sub = commands.add_parser(name, help=command.__doc__)
+        sub.set_defaults(command=command)
+        sub.add_argument("worker", help="a folder under workers/, or a handler's .py file")
+        sub.add_argument("--env", metavar="NAME=VALUE", type=_assignment, action="append", default=[])
+        sub.add_argument("--port", type=int, default=8000 if name == "serve" else 0)
+        if name == "serve":
+            sub.add_argument("--workers", type=int, default=1)
+            sub.set_defaults(verbose=True)
+        else:
+            sub.add_argument("--verbose", action="store_true", help="print the worker's log")
+            sub.set_defaults(workers=1)
+    arguments = parser.parse_args(argv)
+    # Whoever ends this politely gets what Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        status: int = arguments.command(arguments, find_handler(arguments.worker))
+    except (FileNotFoundError, WorkerFailed, TimeoutError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
