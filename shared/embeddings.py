@@ -1,9 +1,10 @@
 """Sentence embeddings across jobs, for the workers whose models sentence-transformers loads.
 
-    encoder, revision = load_encoder(settings, "BAAI/bge-large-en-v1.5", budget=None)
+    encoder = load_encoder(settings, prewarm.resolve(settings, "BAAI/bge-large-en-v1.5"), budget=None)
     texts, rows = await encoder.embed(["a", "b"], prompt="", param="texts", ...)
 
-`Encoder.embed` is all that a request needs; what it is made of is public too, for rerankers and the like.
+`EmbedRequest` is what these workers take, and `answer` and `answer_openai` are all that they need to serve it.
+What those are made of is public too, for rerankers and the like.
 """
 
 from __future__ import annotations
@@ -13,24 +14,122 @@ import base64
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from shared import prewarm
+from pydantic import BaseModel, Field, field_validator
+
+from shared import openai_api, prewarm
 from shared.batching import Batcher
 from shared.errors import JobError
 from shared.hardware import pick_device
-from shared.jobs import check_size, current_job
+from shared.jobs import Request, check_size, current_job
 from shared.settings import WorkerSettings
-from shared.volume import resolve_model
+from shared.volume import ModelPath
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from sentence_transformers import SentenceTransformer
+
+MAX_TEXTS = 16384
 
 # Tokens in one padded batch. A GPU wants many (16384 is text-embeddings-inference's default); on two CPU
 # cores about a thousand was fastest, and larger batches were slower than none: benchmarks/results.
 GPU_BATCH_TOKENS = 16384
 CPU_BATCH_TOKENS = 1024
+
+
+# ---- requests and responses ----------------------------------------------------------------------------
+
+
+class EmbedRequest(Request):
+    texts: list[str] = Field(
+        default=[], max_length=MAX_TEXTS, description="The texts, or one text; an empty text is a text"
+    )
+    text: str | None = Field(None, description="A single text, used when `texts` is missing or empty")
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="At most this many texts of the job in one batch; unset: by tokens alone",
+    )
+    normalize: bool = Field(True, description="Scale each embedding to length 1")
+    dimensions: int | None = Field(
+        None, ge=1, description="Keep this many leading dimensions (Matryoshka), before normalising"
+    )
+    prompt_name: str | None = Field(
+        None, description="A prompt that the model's files define, put before each text"
+    )
+    prompt: str | None = Field(None, description="A prompt to put before each text; instead of `prompt_name`")
+    encoding_format: Literal["float", "base64"] = Field(
+        "float", description="Lists of numbers, or base64 of little-endian float32"
+    )
+    truncate: bool = Field(True, description="Cut texts that are too long for the model; false: refuse them")
+
+    @field_validator("texts", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return [] if value is None else [value] if isinstance(value, str) else value
+
+
+class Usage(BaseModel):
+    prompt_tokens: int = Field(description="Tokens that the model read, special ones included")
+    total_tokens: int = Field(description="The same: there is no completion")
+
+
+class EmbedResponse(BaseModel):
+    embeddings: Sequence[list[float] | str] = Field(description="One for each text, in their order")
+    model: str = Field(description="The model, as MODEL_NAME gives it")
+    revision: str | None = Field(description="Its commit, where known")
+    dimensions: int = Field(description="Length of each embedding")
+    count: int = Field(description="Number of embeddings")
+    truncated: int = Field(description="How many texts were cut to the model's length")
+    usage: Usage
+
+
+async def answer(
+    encoder: Encoder, request: EmbedRequest, *, prompt: str, model: str, revision: str | None
+) -> dict[str, Any]:
+    """The fields of an EmbedResponse. Raises JobError(code="empty") without a text; see `Encoder.embed`."""
+    inputs = request.texts or ([] if request.text is None else [request.text])
+    if not inputs:
+        raise JobError(
+            "texts: no texts. Give texts, a list of at least one, or text.", param="texts", code="empty"
+        )
+    texts, rows = await encoder.embed(
+        inputs, prompt=prompt, param="texts" if request.texts else "text", truncate=request.truncate,
+        batch_size=request.batch_size, dimensions=request.dimensions, normalize=request.normalize,
+        encoding_format=request.encoding_format,
+    )  # fmt: skip
+    tokens = sum(len(text.tokens) for text in texts)
+    return {
+        "embeddings": rows,
+        "model": model,
+        "revision": revision,
+        "dimensions": request.dimensions or encoder.dimensions,
+        "count": len(rows),
+        "truncated": sum(text.truncated for text in texts),
+        "usage": Usage(prompt_tokens=tokens, total_tokens=tokens),
+    }
+
+
+async def answer_openai(
+    encoder: Encoder, request: openai_api.EmbeddingsRequest, *, prompt: str, model: str
+) -> openai_api.EmbeddingsResponse:
+    """The answer of /v1/embeddings: unit vectors; long texts are cut. Raises JobError: see `Encoder.embed`."""
+    texts, rows = await encoder.embed(
+        request.input, prompt=prompt, param="input", truncate=True, batch_size=None,
+        dimensions=request.dimensions, normalize=True, encoding_format=request.encoding_format,
+    )  # fmt: skip
+    tokens = sum(len(text.tokens) for text in texts)
+    return openai_api.EmbeddingsResponse(
+        data=[openai_api.Embedding.model_construct(index=i, embedding=row) for i, row in enumerate(rows)],
+        model=model,
+        usage=openai_api.EmbeddingsUsage(prompt_tokens=tokens, total_tokens=tokens),
+    )
+
+
+# ---- the engine ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +189,7 @@ class Encoder:
             return [encoding.ids for encoding in found]
         if not callable(self._tokenizer):
             return [[0] * len(text.split()) for text in texts]
-        ids: list[list[int]] = self._tokenizer(
-            list(texts), add_special_tokens=False, truncation=False, padding=False, verbose=False,
-            return_attention_mask=False, return_token_type_ids=False,
-        )["input_ids"]  # fmt: skip
-        return ids
+        return plain_ids(self._tokenizer, texts)
 
     def prompt_for(self, prompt: str | None, prompt_name: str | None) -> str:
         """The text to put before each text; the model's default when neither is given."""
@@ -118,7 +213,7 @@ class Encoder:
     def tokenize(
         self, inputs: Sequence[str] | Sequence[list[int]], *, prompt: str, truncate: bool, param: str
     ) -> list[Text]:
-        """`inputs` (texts, or arrays of the model's token ids) as the engine takes them.
+        """`inputs` (texts, or arrays of the model's token ids) for the engine, with `prompt` before each.
 
         Raises JobError for a token id that the model does not have, and for a text that is too long when
         `truncate` is false.
@@ -127,7 +222,9 @@ class Encoder:
             prompted = [prompt + text for text in inputs]  # type: ignore[operator]
             bodies = self._ids(prompted)
         else:
-            bodies, prompted = self._checked(inputs, param), [""] * len(inputs)  # type: ignore[arg-type]
+            start = self._ids([prompt])[0] if prompt else []
+            bodies = [start + body for body in self._checked(inputs, param)]  # type: ignore[arg-type]
+            prompted = [""] * len(inputs)
         prompt_tokens = 0
         if prompt and self._skips_prompt and self.takes_tokens:
             prompt_tokens = len(self._prefix) + len(self._ids([prompt])[0])
@@ -224,13 +321,8 @@ class Encoder:
                 [text.text for text in texts], prompt="", batch_size=len(texts), convert_to_tensor=True
             )
         else:
-            longest = max(len(text.tokens) for text in texts)
-            ids = torch.full((len(texts), longest), self._pad)
-            mask = torch.zeros_like(ids)
-            for row, text in enumerate(texts):
-                at = longest - len(text.tokens) if self._left_padding else 0
-                ids[row, at : at + len(text.tokens)] = torch.tensor(text.tokens)
-                mask[row, at : at + len(text.tokens)] = 1
+            rows = [text.tokens for text in texts]
+            ids, mask = padded(rows, value=self._pad, left=self._left_padding)
             device = self.model.device
             features: dict[str, Any] = {
                 "input_ids": ids.to(device),
@@ -242,6 +334,29 @@ class Encoder:
             with torch.inference_mode():
                 rows = self.model(features)["sentence_embedding"]
         return list(rows.float().cpu().numpy())
+
+
+def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids by a tokenizer of transformers, without special tokens, however long."""
+    ids: list[list[int]] = tokenizer(
+        list(texts), add_special_tokens=False, truncation=False, padding=False, verbose=False,
+        return_attention_mask=False, return_token_type_ids=False,
+    )["input_ids"]  # fmt: skip
+    return ids
+
+
+def padded(rows: Sequence[Sequence[int]], *, value: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows as one tensor, filled up with `value`, and the mask that is 1 where they are."""
+    import torch
+
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), value)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        at = longest - len(row) if left else 0
+        ids[number, at : at + len(row)] = torch.tensor(row)
+        mask[number, at : at + len(row)] = 1
+    return ids, mask
 
 
 def shape(embeddings: np.ndarray, *, dimensions: int | None, normalize: bool) -> np.ndarray:
@@ -284,18 +399,17 @@ def shortest(values: np.ndarray) -> np.ndarray:
     return result
 
 
-def load_encoder(
-    settings: WorkerSettings, hub_name: str, *, budget: int | None
-) -> tuple[Encoder, str | None]:
-    """The encoder of the model `hub_name` (an id or a folder), and the model's commit where known.
+def batch_tokens(device: torch.device, asked: int | None) -> int:
+    """Tokens in one padded batch: as asked, or what suits the device."""
+    return asked or (CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS)
 
-    budget: tokens in one padded batch; None: what suits the device. Logs the phases resolve, import and load.
+
+def load_encoder(settings: WorkerSettings, found: ModelPath, *, budget: int | None) -> Encoder:
+    """The encoder of the model that `prewarm.resolve` has found.
+
+    budget: tokens in one padded batch; None: what suits the device. Logs the phases import and load.
     Raises StartError for what a new try cannot mend.
     """
-    token = settings.hf_token.get_secret_value() if settings.hf_token else None
-    with prewarm.phase("resolve") as phase:
-        found = resolve_model(hub_name, settings.model_revision, token=token)
-        phase.bytes = found.bytes
     with prewarm.phase("import"):
         from sentence_transformers import SentenceTransformer
     with prewarm.phase("load") as phase:
@@ -308,5 +422,4 @@ def load_encoder(
             model_kwargs={"dtype": dtype},
         ).eval()
         phase.bytes = sum(weight.nbytes for weight in model.parameters())
-    default = CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
-    return Encoder(model, budget=budget or default), found.revision
+    return Encoder(model, budget=batch_tokens(device, budget))

@@ -13,6 +13,8 @@ from typing import Any
 
 from shared.errors import StartError
 from shared.logs import log
+from shared.settings import WorkerSettings
+from shared.volume import ModelPath, resolve_model
 
 
 def _process_start() -> float:
@@ -44,6 +46,15 @@ def phase(name: str) -> Iterator[Phase]:
     current = Phase()
     yield current
     log_phase(name, time.monotonic() - begin, current.bytes)
+
+
+def resolve(settings: WorkerSettings, name: str, *, extra: Sequence[str] = ()) -> ModelPath:
+    """The phase `resolve`: the folder of the model `name`; see `shared.volume.resolve_model`."""
+    token = settings.hf_token.get_secret_value() if settings.hf_token else None
+    with phase("resolve") as current:
+        model = resolve_model(name, settings.model_revision, token=token, extra=extra)
+        current.bytes = model.bytes
+    return model
 
 
 def log_ready() -> None:
