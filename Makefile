@@ -26,9 +26,9 @@ WORKERS := $(sort $(foreach file,$(filter-out %/__pycache__,$(wildcard workers/*
 run: $(MADE) ## The embeddings worker with a real model, on this machine, from cold start to answers
 	@$(PY) -m tools.demo
 $(WORKERS:%=run-%): run-%: $(MADE) ## Start a worker here, send it real requests, print the answers
-	@$(PY) -m local run $* $(ARGS)
+	@$(PY) -m tools.start run $* $(ARGS)
 $(WORKERS:%=serve-%): serve-%: $(MADE) ## The same, left running: a RunPod endpoint on loopback
-	@$(PY) -m local serve $* $(ARGS)
+	@$(PY) -m tools.start serve $* $(ARGS)
 
 ##@ Develop
 setup: $(MADE) ## Make the environment in .venv; every target that needs it does so by itself

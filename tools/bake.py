@@ -88,7 +88,7 @@ def add(name: str, *, like: str, about: str, root: Path = ROOT) -> None:
     (root / "docker-bake.hcl").write_text(head + "WORKERS = {\n" + "\n".join(lines) + "\n}" + tail)
     targets = kept(root)
     for suffix in ("", "-release"):
-        copy = json.dumps(targets[like + suffix]).replace(like, name).replace(twin["about"], about)
+        copy = json.dumps(targets[like + suffix]).replace(twin["about"], about).replace(like, name)
         targets[name + suffix] = json.loads(copy)
     keep(targets, root)
 

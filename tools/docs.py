@@ -29,25 +29,24 @@ Schema = dict[str, Any]
 
 
 def bounds(schema: Schema) -> str:
-    """`1 to 1024`, `at least 1`, `more than 0`; for lists and texts of their length."""
-    pairs = [
-        ("minimum", "maximum", ""),
-        ("minItems", "maxItems", " items"),
-        ("minLength", "maxLength", " characters"),
-    ]
+    """`1 to 1024`, `more than 0, at most 20`, `not empty`; of lists and texts it is the length."""
+    if schema.get("minLength", schema.get("minItems")) == 1 and not {"maxLength", "maxItems"} & schema.keys():
+        return "not empty"
+    low = schema.get("minimum", schema.get("minItems", schema.get("minLength")))
+    high = schema.get("maximum", schema.get("maxItems", schema.get("maxLength")))
     words = []
-    for low, high, unit in pairs:
-        if low in schema and high in schema:
-            words.append(f"{schema[low]} to {schema[high]}{unit}")
-        elif low in schema:
-            words.append(f"at least {schema[low]}{unit}")
-        elif high in schema:
-            words.append(f"at most {schema[high]}{unit}")
     if "exclusiveMinimum" in schema:
         words.append(f"more than {schema['exclusiveMinimum']}")
+    if low is not None and high is not None:
+        words.append(f"{low} to {high}")
+    elif low is not None:
+        words.append(f"at least {low}")
+    elif high is not None:
+        words.append(f"at most {high}")
     if "exclusiveMaximum" in schema:
         words.append(f"less than {schema['exclusiveMaximum']}")
-    return ", ".join(words)
+    unit = {"array": " items", "string": " characters"}.get(schema.get("type", ""), "")
+    return ", ".join(words) + (unit if words else "")
 
 
 def kind(schema: Schema, definitions: Schema) -> str:
@@ -95,7 +94,8 @@ def fields(schema: Schema, definitions: Schema, prefix: str = "") -> Iterator[li
             default = "unset"
         else:
             default = code(field["default"])
-        yield [code(prefix + name), kind(field, definitions), default, field.get("description", "")]
+        description = field.get("description", "").replace("<", "&lt;")
+        yield [code(prefix + name), kind(field, definitions), default, description]
         found = inner(field, definitions)
         if found and prefix.count(".") < 2:
             yield from fields(found[1], definitions, f"{prefix}{name}{found[0]}")
@@ -121,6 +121,8 @@ def workers_table(root: Path = ROOT) -> str:
     rows = []
     about = bake_table(root)
     for name in worker_names(root):
+        if name not in about:
+            raise SystemExit(f"docker-bake.hcl has no line for {name}")
         default = load_handler(name, root).Settings.model_fields["model_name"].default
         model = f"`{default}`" if isinstance(default, str) else "set `MODEL_NAME`"
         rows.append([f"[{name}](workers/{name}/README.md)", about[name]["about"], model])

@@ -54,22 +54,21 @@ def install(python: Path, title: str, *arguments: str, total: int = 0) -> None:
     started = shown = time.monotonic()
     say(title)
     command = [str(python), "-m", "pip", "install", "--progress-bar", "off", "--disable-pip-version-check"]
-    pip = subprocess.Popen(
-        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
-    assert pip.stdout is not None
     errors: list[str] = []
     fetched = 0
-    for line in pip.stdout:
-        fetched += line.startswith(("Collecting ", "Processing ", "Ignoring "))
-        if line.startswith("Installing collected packages"):
-            say("  all fetched, installing")
-        elif total and fetched < total and time.monotonic() - shown > SECONDS_BETWEEN_LINES:
-            shown = time.monotonic()
-            say(f"  {fetched} of {total} fetched")
-        if line.startswith("ERROR") or (errors and line.startswith(" ")):
-            errors.append(line.rstrip())
-    if pip.wait():
+    with subprocess.Popen(
+        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as pip:
+        for line in pip.stdout or ():
+            fetched += line.startswith(("Collecting ", "Processing ", "Ignoring "))
+            if line.startswith("Installing collected packages"):
+                say("  all fetched, installing")
+            elif total and fetched < total and time.monotonic() - shown > SECONDS_BETWEEN_LINES:
+                shown = time.monotonic()
+                say(f"  {fetched} of {total} fetched")
+            if line.startswith("ERROR") or (errors and line.startswith(" ")):
+                errors.append(line.rstrip())
+    if pip.returncode:
         say("\n".join(errors[-12:]))
         if any(word in line for word in NETWORK for line in errors):
             stop("a package index that answers and has the package above; is the network up?")

@@ -86,7 +86,7 @@ def test_make_has_its_targets(name: str) -> None:
         ["make", "--dry-run", "--old-file=.venv/.made", *targets], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert f"local run {name}" in done.stdout
+    assert f"tools.start run {name}" in done.stdout
 
 
 def test_make_help_lists_every_target_and_worker() -> None:

@@ -38,7 +38,7 @@ async def test_bounds() -> None:
         ({}, "text"),
         ({"text": ""}, "text"),
         ({"text": "a", "min_letters": 0}, "min_letters"),
-        ({"txt": "a"}, "txt"),
+        ({"text": "a", "txt": "a"}, "txt"),
     ],
 )
 async def test_wrong_requests_name_the_field(fields: dict[str, Any], param: str) -> None:
