@@ -18,7 +18,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from shared.jobs import Request, validate
+from shared.jobs import Request, closest, validate
 from tools import bake, changed, docs, lock
 from tools.workers import ROOT, load_handler, worker_names
 
@@ -51,12 +51,11 @@ def pins(path: Path) -> dict[str, str]:
     return {str(canonicalize_name(name)): version for name, version in lock.pins(ROOT / path).items()}
 
 
-def request_model(module: ModuleType) -> type[Request]:
-    """The model of the worker's own input: the one that its handler function takes."""
+def request_models(module: ModuleType) -> list[type[Request]]:
+    """The models of the worker's own input: those that its handler function takes, OpenAI's left out."""
     work = inspect.unwrap(module.handler)
-    hint = typing.get_type_hints(work)["request"]
-    options = typing.get_args(hint) or (hint,)
-    return next(option for option in options if issubclass(option, Request))
+    hint = next(iter(typing.get_type_hints(work).values()))
+    return [model for model in typing.get_args(hint) or (hint,) if issubclass(model, Request)]
 
 
 def instructions(dockerfile: str) -> list[str]:
@@ -213,20 +212,20 @@ def test_importing_the_handler_loads_nothing(name: str) -> None:
 @each_worker
 def test_examples_are_requests(name: str) -> None:
     """test_input.json, and every {"input": ...} in the README."""
-    model = request_model(load_handler(name))
+    models = request_models(load_handler(name))
     blocks = re.findall(r"```json\n(.*?)```", read(f"workers/{name}/README.md"), re.DOTALL)
     examples = [json.loads(block) for block in [read(f"workers/{name}/test_input.json"), *blocks]]
     requests = [example["input"] for example in examples if "input" in example]
     assert len(requests) >= 2, "the README shows no request"
     for request in requests:
         if "openai_route" not in request:
-            validate(model, request)
+            validate(closest(models, request), request)
 
 
 @each_worker
 def test_every_field_is_described(name: str) -> None:
     module = load_handler(name)
-    models = [module.Settings, request_model(module)]
+    models = [module.Settings, *request_models(module)]
     fields: list[tuple[str, Any]] = [(n, f) for model in models for n, f in model.model_fields.items()]
     assert [field_name for field_name, field in fields if not field.description] == []
 
@@ -235,7 +234,8 @@ def test_every_field_is_described(name: str) -> None:
 def test_readme_has_its_tables(name: str) -> None:
     markers = [(what, model) for _, what, model, _ in docs.MARKED.findall(read(f"workers/{name}/README.md"))]
     assert ("settings", "") in markers
-    assert ("fields", request_model(load_handler(name)).__name__) in markers
+    for model in request_models(load_handler(name)):
+        assert ("fields", model.__name__) in markers
 
 
 def test_readmes_say_what_the_code_says() -> None:
@@ -295,6 +295,13 @@ def test_torch_images_share_their_lower_layers() -> None:
     first = next(iter(lower.values()))
     for name, steps in lower.items():
         assert steps == first, name
+
+
+def test_cuda_of_the_images_is_that_of_torch() -> None:
+    """In tags and labels; RunPod places workers by it (minCudaVersion)."""
+    python = re.search(r'python = \{.*cuda = "(.*?)"', read("docker-bake.hcl"))
+    assert python is not None
+    assert pins(lock.TORCH_LOCK)["cuda-toolkit"].startswith(python[1] + ".")
 
 
 def test_no_image_is_called_latest() -> None:
