@@ -1,0 +1,163 @@
+"""Bytes out of text: base64 and data: URIs, held to the standard library's strict decoder."""
+
+import base64
+import string
+import urllib.parse
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.errors import JobError
+from shared.media import decode_base64, load_bytes
+
+SPACES = " \t\n\r\v\f"
+STANDARD = string.ascii_letters + string.digits + "+/"
+URL_SAFE = string.ascii_letters + string.digits + "-_"
+
+
+def sprinkled(text: str, places: list[tuple[int, str]]) -> str:
+    """`text` with white space put in at each place."""
+    for index, space in places:
+        index %= len(text) + 1
+        text = text[:index] + space + text[index:]
+    return text
+
+
+def strict(text: str) -> bytes:
+    """What the standard library's strict decoder gives after the normalisation that media.py documents."""
+    text = "".join(character for character in text if character not in SPACES)
+    text = text.replace("-", "+").replace("_", "/")
+    text += "=" * (-len(text) % 4)
+    return base64.b64decode(text, validate=True)
+
+
+@given(
+    data=st.binary(max_size=200),
+    encode=st.sampled_from([base64.b64encode, base64.urlsafe_b64encode]),
+    padded=st.booleans(),
+    places=st.lists(st.tuples(st.integers(0, 400), st.sampled_from(SPACES)), max_size=5),
+)
+async def test_any_bytes_come_back(data, encode, padded, places):
+    text = encode(data).decode()
+    text = sprinkled(text if padded else text.rstrip("="), places)
+    assert decode_base64(text, param="x", max_bytes=len(data)) == data
+    if data:
+        assert await load_bytes(text, param="x") == data
+        for head in ("data:;base64,", "DATA:image/png;charset=x;BASE64,"):
+            assert await load_bytes(head + text, param="x") == data
+            assert await load_bytes(head + urllib.parse.quote(text, safe=""), param="x") == data
+        assert await load_bytes("data:," + urllib.parse.quote(data, safe=""), param="x") == data
+
+
+NEARLY_BASE64 = st.text(st.sampled_from("AZaz09+/-_==" + SPACES + ":;,%é\u00a0\u2028\ud800"), max_size=12)
+
+
+@given(st.one_of(st.text(), NEARLY_BASE64, st.text(st.sampled_from(STANDARD + "=")), st.text(URL_SAFE)))
+def test_any_text_decodes_as_the_strict_decoder_does_or_is_refused(text):
+    refused = None
+    try:
+        data = decode_base64(text, param="audio.data")
+    except JobError as error:
+        refused = error
+    if refused:
+        assert (refused.param, refused.code) == ("audio.data", "bad_base64")
+        assert "`audio.data`" in refused.message
+    else:
+        assert data == strict(text)
+
+
+@given(st.text(STANDARD, max_size=30), st.text(URL_SAFE, max_size=30))
+def test_of_one_alphabet_only_a_lone_last_character_is_refused(standard, url_safe):
+    for text in (standard, url_safe):
+        if len(text) % 4 == 1:
+            with pytest.raises(JobError):
+                decode_base64(text, param="x")
+        else:
+            assert decode_base64(text, param="x") == strict(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "=",
+        "====",
+        "A",
+        "A=",
+        "A===",
+        "QQ===",
+        "QUJD=",
+        "QQ==QQ==",
+        "Q=Q=",
+        "=QQ=",
+        "Q*==",
+        "é",
+        "Q\u00a0Q",
+        "\ud800",
+    ],
+)
+def test_refused(text):
+    with pytest.raises(JobError, match="`x` is not valid base64"):
+        decode_base64(text, param="x")
+
+
+def test_the_alphabets_do_not_mix():
+    with pytest.raises(JobError, match="mixed"):
+        decode_base64("+-AA", param="x")
+
+
+@pytest.mark.parametrize(
+    ("text", "data"), [("", b""), (" \n", b""), ("QQ", b"A"), ("QQ=", b"A"), ("QR==", b"A")]
+)
+def test_corner_cases_that_decode(text, data):
+    """The last one has bits behind the last byte; the strict decoder drops them, so it is accepted."""
+    assert decode_base64(text, param="x") == data
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_the_limit_is_exact_and_comes_before_decoding(padded, monkeypatch):
+    text = base64.b64encode(b"x" * 100).decode()
+    text = text if padded else text.rstrip("=")
+    assert len(decode_base64(text, param="x", max_bytes=100)) == 100
+    monkeypatch.setattr(base64, "b64decode", None)
+    with pytest.raises(JobError) as caught:
+        decode_base64(text, param="x", max_bytes=99)
+    assert caught.value.code == "too_large"
+    assert "99 bytes" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("source", "code"),
+    [
+        ("", "empty"),
+        ("  \n", "empty"),
+        ("data:,", "empty"),
+        ("data:;base64,", "empty"),
+        ("data:image/png;base64", "bad_url"),
+        ("data:;base64,Q*==", "bad_base64"),
+        ("data:;base64,%ff", "bad_base64"),
+        ("file:///etc/passwd", "bad_url"),
+        ("ftp://example.com/a.png", "bad_url"),
+        ("C:\\pictures\\cat.png", "bad_url"),
+        ("/etc/passwd.png", "bad_base64"),
+        ("s3://bucket/key", "bad_url"),
+        ("javascript:alert(1)", "bad_url"),
+    ],
+)
+async def test_sources_that_are_none(source, code):
+    with pytest.raises(JobError) as caught:
+        await load_bytes(source, param="image")
+    assert (caught.value.code, caught.value.param) == (code, "image")
+    assert "`image`" in caught.value.message
+
+
+@pytest.mark.parametrize("source", ["data:,aaaa", "data:,%61%61%61%61", "data:;base64,YWFhYQ", "YWFhYQ=="])
+async def test_the_limit_holds_for_every_inline_source(source):
+    assert await load_bytes(source, param="x", max_bytes=4) == b"aaaa"
+    with pytest.raises(JobError) as caught:
+        await load_bytes(source, param="x", max_bytes=3)
+    assert caught.value.code == "too_large"
+
+
+async def test_non_ascii_in_a_percent_encoded_uri_is_utf_8():
+    assert await load_bytes("data:text/plain,é%C3%A9", param="x") == "éé".encode()
