@@ -3,7 +3,7 @@
     encoder = load_encoder(settings, prewarm.resolve(settings, "BAAI/bge-large-en-v1.5"), budget=None)
     texts, rows = await encoder.embed(["a", "b"], prompt="", param="texts", ...)
 
-`EmbedRequest` is what these workers take, and `answer` and `answer_openai` are all that they need to serve it.
+`EmbedRequest` is what these workers take; `answer` and `answer_openai` are all that they need to serve it.
 What those are made of is public too, for rerankers and the like.
 """
 
@@ -116,7 +116,7 @@ async def answer(
 async def answer_openai(
     encoder: Encoder, request: openai_api.EmbeddingsRequest, *, prompt: str, model: str
 ) -> openai_api.EmbeddingsResponse:
-    """The answer of /v1/embeddings: unit vectors; long texts are cut. Raises JobError: see `Encoder.embed`."""
+    """The answer of /v1/embeddings: unit vectors, long texts cut. Raises JobError: see `Encoder.embed`."""
     texts, rows = await encoder.embed(
         request.input, prompt=prompt, param="input", truncate=True, batch_size=None,
         dimensions=request.dimensions, normalize=True, encoding_format=request.encoding_format,
