@@ -63,9 +63,8 @@ def lock(folder: Path) -> Iterator[None]:
     finally:
         try:
             mine.with_suffix(".free").touch()
-        except (
-            OSError
-        ):  # a full disk still deletes, and then the number before it counts, which is free or lost
+        except OSError:
+            # A full disk still deletes, and then the number before it counts, which is free or lost.
             with suppress(OSError):
                 mine.unlink()
 

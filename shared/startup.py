@@ -18,6 +18,7 @@ from shared.errors import JobError, StartError
 from shared.jobs import is_out_of_memory
 from shared.logs import log, redact
 from shared.prewarm import log_ready
+from shared.volume import use_volume
 
 Config = dict[str, Any]
 
@@ -82,6 +83,7 @@ def run(prepare: Callable[[], Config], *, worker: str) -> Config:
     # The SDK's default, DEBUG, writes every input and output into the log.
     if "RUNPOD_DEBUG_LEVEL" not in os.environ:
         os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
+    use_volume()
     log_versions(worker)
     # A thread's import is lost time regained: most of the SDK's is a wait for another process. If it fails
     # here, it fails again, in sight, where the handler imports it.
