@@ -252,11 +252,16 @@ class Queue:
             self._listening.pop(worker)([])
 
     def ping(self, worker: str, jobs: Iterable[str]) -> None:
-        """Keep the worker's hold on `jobs`."""
-        held = self._running.get(worker, {})
+        """Keep the worker's hold on `jobs`, and stop those that it should no longer run.
+
+        A stop signal may have been in vain: the SDK ignores those for jobs that it has not started yet.
+        """
         for name in jobs:
-            if name in held:
-                held[name].seen = self._clock()
+            job = self.jobs.get(name)
+            if job is None or job.worker != worker or job.state in (State.CANCELLED, State.TIMED_OUT):
+                self._stop(worker, name)
+            else:
+                job.seen = self._clock()
 
     def stream(self, worker: str, name: str, chunk: Any) -> None:
         """Append a chunk for /stream. Raises Refused when another worker holds the job, or none."""
@@ -312,7 +317,7 @@ class Queue:
                 if now - job.taken >= job.execution_timeout:
                     self._end(job, State.TIMED_OUT, "executionTimeout exceeded")
                 elif now - job.seen >= rules.missed_pings * rules.ping_interval:
-                    self._stop(job)
+                    self._stop(job.worker, job.id)
                     self._lose(job)
         self._dispatch()
 
@@ -362,7 +367,7 @@ class Queue:
 
     def _end(self, job: Job, state: State, error: str | None = None) -> None:
         if state in (State.CANCELLED, State.TIMED_OUT):
-            self._stop(job)
+            self._stop(job.worker, job.id)
         self._release(job)
         job.state, job.ended = state, self._clock()
         if error is not None:
@@ -372,10 +377,10 @@ class Queue:
         job.changed()
         self._on_end(job)
 
-    def _stop(self, job: Job) -> None:
-        if job.worker is not None:
-            self._stops.setdefault(job.worker, []).append(job.id)
-            self._signal(job.worker)
+    def _stop(self, worker: str | None, name: str) -> None:
+        if worker is not None and name not in (stops := self._stops.setdefault(worker, [])):
+            stops.append(name)
+            self._signal(worker)
 
     def _signal(self, worker: str) -> None:
         if self._stops.get(worker) and worker in self._listening:

@@ -119,7 +119,7 @@ class WorkerSide:
     async def ping(self, request: web.Request) -> web.StreamResponse:
         worker = self._worker(request)
         worker.pinged()
-        self._queue.ping(worker.id, request.query.get("job_id", "").split(","))
+        self._queue.ping(worker.id, filter(None, request.query.get("job_id", "").split(",")))
         return web.Response()
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
@@ -166,7 +166,7 @@ class ClientSide:
 
     async def run(self, request: web.Request) -> web.StreamResponse:
         job = self._submit(await _body(request, self._rules.run_bytes), sync=False)
-        return _json({"id": job.id, "status": job.state})
+        return _json({"id": job.id, "status": State.IN_QUEUE})
 
     async def runsync(self, request: web.Request) -> web.StreamResponse:
         """Waits for `?wait=` milliseconds, held to the allowed range (an assumption). A client that hangs up

@@ -94,12 +94,13 @@ class WorkerProcess:
 
     def terminate(self) -> None:
         """Send SIGTERM, and SIGKILL when the grace is over. It finishes its jobs and is not replaced."""
-        self.wanted = False
-        self._leave()
+        self.wanted, self.leaving = False, True
+        self._fleet.loop.call_soon_threadsafe(self._leave)
 
     def refresh(self) -> None:
         """Have it replaced as soon as its jobs have ended; it gets no more of them."""
         self.leaving = True
+        self._fleet.queue.dismiss(self.id)
         if not self._fleet.queue.held(self.id):
             self._leave()
 
@@ -159,11 +160,12 @@ class WorkerProcess:
         self.returncode = code
 
     def _leave(self) -> None:
-        self.leaving = True
+        # Its long polls end first: a job that they bring after SIGTERM may never be started.
+        self._fleet.queue.dismiss(self.id)
         if self.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)
-            self._fleet.loop.call_soon_threadsafe(self._fleet.see_off, self)
+            self._fleet.loop.call_later(self._fleet.rules.grace, self.kill)
 
     def _signal_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -256,12 +258,6 @@ class Fleet:
         """Find the workers whose pings have stopped."""
         for worker in self.workers:
             worker.check_pings(self.rules.missed_pings * self.rules.ping_interval)
-
-    def see_off(self, worker: WorkerProcess) -> None:
-        """Help a worker leave that was sent SIGTERM: answer its long polls, and kill it when time is up."""
-        # A moment later, so that the signal's handler has run when the worker reads the answers.
-        self.loop.call_later(0.05, self.queue.dismiss, worker.id)
-        self.loop.call_later(self.rules.grace, worker.kill)
 
     async def stop(self) -> None:
         """End all workers, with grace, and wait for it."""

@@ -273,6 +273,19 @@ def test_stop_signals_wait_for_the_worker_to_listen(queue: Queue) -> None:
     assert len(stops) == 3
 
 
+def test_a_ping_that_names_a_job_it_should_not_run_stops_it_again(queue: Queue) -> None:
+    stops: list[str] = []
+    cancelled, lost, done, runs = (queue.submit(INPUT, sync=False) for _ in range(4))
+    take(queue, limit=4)
+    queue.cancel(cancelled)
+    queue.give_back([lost])
+    queue.report("a", done.id, {"output": 1})
+    queue.listen("a", lambda names: None)
+    queue.ping("a", [cancelled.id, lost.id, done.id, runs.id, "unknown"])
+    queue.listen("a", stops.extend)
+    assert stops == [cancelled.id, lost.id, "unknown"]
+
+
 def test_dismissed_workers_get_an_empty_answer(queue: Queue) -> None:
     answers: list[object] = []
     queue.ask("a", 1, answers.append)

@@ -1,0 +1,243 @@
+"""RunPod's public API, spoken by RunPod's own client, with the unmodified SDK in the worker."""
+
+import asyncio
+import http.server
+import json
+import threading
+import time
+from pathlib import Path
+
+import aiohttp
+import pytest
+import requests
+import runpod
+from conftest import RULES, Client, until
+from runpod import AsyncioEndpoint, AsyncioJob, Endpoint
+
+from local import Platform
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture
+def endpoint(echo: Client, monkeypatch: pytest.MonkeyPatch) -> Endpoint:
+    monkeypatch.setattr(runpod, "endpoint_url_base", echo.platform.base_url)
+    return Endpoint("local", api_key="any")
+
+
+def test_the_official_client(endpoint: Endpoint) -> None:
+    job = endpoint.run({"input": {"sleep": 0.2, "n": 1}})
+    assert job.status() in ("IN_QUEUE", "IN_PROGRESS")
+    assert job.output(timeout=20)["echo"] == {"sleep": 0.2, "n": 1}
+    assert job.status() == "COMPLETED"
+    assert endpoint.run_sync({"n": 2}, timeout=20)["echo"] == {"n": 2}
+    assert endpoint.purge_queue() == {"removed": 0, "status": "completed"}
+    health = endpoint.health()
+    assert health["workers"] == {
+        "idle": 1,
+        "initializing": 0,
+        "ready": 1,
+        "running": 0,
+        "throttled": 0,
+        "unhealthy": 0,
+    }
+    assert set(health["jobs"]) == {"completed", "failed", "inProgress", "inQueue", "retried"}
+
+
+async def test_the_official_asyncio_client(endpoint: Endpoint) -> None:
+    async with aiohttp.ClientSession() as session:
+        remote = AsyncioEndpoint("local", session, api_key="any")
+        jobs: list[AsyncioJob] = await asyncio.gather(*(remote.run({"n": n}) for n in range(5)))
+        outputs = await asyncio.gather(*(job.output(timeout=20) for job in jobs))
+        assert [output["echo"]["n"] for output in outputs] == list(range(5))
+        slow = await remote.run({"sleep": 30})
+        assert (await slow.cancel())["status"] == "CANCELLED"
+        assert await slow.status() == "CANCELLED"
+        assert (await remote.health())["workers"]["unhealthy"] == 0
+        assert await remote.purge_queue() == {"removed": 0, "status": "completed"}
+
+
+def test_the_fields_of_a_finished_job(echo: Client) -> None:
+    job = echo.runsync(sleep=0.3)
+    (worker,) = echo.platform.workers
+    assert job["id"].startswith("sync-")
+    assert job["workerId"] == job["output"]["worker"] == worker.id
+    assert job["status"] == "COMPLETED"
+    assert 300 <= job["executionTime"] < 10_000
+    assert 0 <= job["delayTime"] < 10_000
+    for method in ("GET", "POST"):
+        assert echo(method, f"status/{job['id']}").json() == job
+
+
+def test_a_client_without_a_key_is_turned_away(echo: Client) -> None:
+    for method, path in (("GET", "health"), ("POST", "runsync"), ("POST", "openai/v1/embeddings")):
+        answer = requests.request(method, f"{echo.platform.endpoint_url}/{path}", json={"input": {"a": 1}})
+        assert answer.status_code == 401
+
+
+async def test_the_key_can_be_waived() -> None:
+    platform = Platform(require_key=False)
+    await platform.start()
+    async with aiohttp.ClientSession() as session, session.get(platform.endpoint_url + "/health") as answer:
+        assert answer.status == 200
+    await platform.stop()
+
+
+def test_cancel_in_progress_reaches_the_handler(echo: Client, endpoint: Endpoint, notes: Path) -> None:
+    job = endpoint.run({"sleep": 60})
+    until(lambda: job.status() == "IN_PROGRESS")
+    until(lambda: f"start {job.job_id}" in notes.read_text())
+    assert job.cancel() == {"id": job.job_id, "status": "CANCELLED"}
+    begin = time.monotonic()
+    until(lambda: f"cancelled {job.job_id}" in notes.read_text())
+    # It comes at once, by the stop channel; the next ping would be a second away.
+    assert time.monotonic() - begin < 0.8
+    assert echo.get(f"status/{job.job_id}")["status"] == "CANCELLED"
+    assert echo.get("health")["jobs"]["inProgress"] == 0
+
+
+def test_a_cancel_that_comes_before_the_sdk_has_started_the_job(echo: Client, notes: Path) -> None:
+    name = echo.run(sleep=60)
+    until(lambda: echo.get(f"status/{name}")["status"] == "IN_PROGRESS")
+    echo.post(f"cancel/{name}")
+    until(lambda: f"cancelled {name}" in notes.read_text())
+
+
+def test_cancel_in_the_queue_and_purge(echo: Client, notes: Path) -> None:
+    busy = [echo.run(sleep=60) for _ in range(16)]
+    until(lambda: echo.get("health")["jobs"]["inProgress"] == 16)
+    waiting = [echo.run(n=n) for n in range(4)]
+    assert echo.post(f"cancel/{waiting[0]}")["status"] == "CANCELLED"
+    assert echo.post("purge-queue") == {"removed": 3, "status": "completed"}
+    assert echo.get("health")["jobs"]["inQueue"] == 0
+    for name in busy:
+        echo.post(f"cancel/{name}")
+    assert echo.runsync(after="it")["status"] == "COMPLETED"
+    assert not any(name in notes.read_text() for name in waiting)
+
+
+def test_execution_timeout(echo: Client, notes: Path) -> None:
+    job = echo.post("runsync", {"input": {"sleep": 60}, "policy": {"executionTimeout": 500}})
+    assert (job["status"], job["error"]) == ("TIMED_OUT", "executionTimeout exceeded")
+    assert job["executionTime"] >= 500
+    until(lambda: f"cancelled {job['id']}" in notes.read_text())
+    again = echo.post(f"retry/{job['id']}")
+    assert again == {"id": job["id"], "status": "IN_QUEUE"}
+    assert echo.wait(job["id"])["status"] == "TIMED_OUT"
+    assert notes.read_text().count(f"start {job['id']}") == 2
+
+
+def test_ttl_ends_a_job_without_a_trace(echo: Client, notes: Path) -> None:
+    job = echo.post("runsync", {"input": {"sleep": 60}, "policy": {"ttl": 500}})
+    assert (job["status"], job["error"]) == ("TIMED_OUT", "ttl exceeded")
+    answer = echo("GET", f"status/{job['id']}")
+    assert (answer.status_code, answer.json()) == (404, {"error": "request does not exist"})
+    until(lambda: f"cancelled {job['id']}" in notes.read_text())
+
+
+def test_runsync_answers_with_the_state_when_its_wait_is_over(echo: Client) -> None:
+    job = echo("POST", "runsync?wait=1000", {"input": {"sleep": 3}}).json()
+    assert job["status"] == "IN_PROGRESS"
+    assert echo.wait(job["id"])["status"] == "COMPLETED"
+    assert echo("POST", "runsync?wait=soon", {"input": {"n": 1}}).status_code == 400
+
+
+def test_a_client_that_hangs_up_leaves_its_job_running(echo: Client, notes: Path) -> None:
+    before = notes.read_text().count("end ")
+    with pytest.raises(requests.Timeout):
+        requests.post(
+            f"{echo.platform.endpoint_url}/runsync",
+            json={"input": {"sleep": 1.5}},
+            headers={"Authorization": "any"},
+            timeout=0.5,
+        )
+    until(lambda: notes.read_text().count("end ") == before + 1)
+
+
+@pytest.mark.parametrize(("path", "limit"), [("run", 10), ("runsync", 20)])
+def test_requests_over_the_limit_get_what_runpod_answers(echo: Client, path: str, limit: int) -> None:
+    def body(size: int) -> bytes:
+        text = b'{"input": {"sleep": 0, "text": "%s"}}'
+        return text % (b"x" * (size - len(text) + 2))
+
+    size = limit * 2**20
+    fits = echo("POST", path, data=body(size))
+    assert fits.status_code == 200
+    assert fits.json()["status"] in ("IN_QUEUE", "COMPLETED")
+    answer = echo("POST", path, data=body(size + 1))
+    assert answer.status_code == 400
+    assert f"exceeded max body size of {limit}MiB" in answer.json()["error"]
+
+    # Without a length that would betray it beforehand.
+    chunks = (b"x" * 2**20 for _ in range(limit + 1))
+    assert echo("POST", path, data=chunks).status_code == 400
+
+
+@pytest.mark.parametrize("body", ["", "{", '{"prompt": 1}', '{"input": NaN}', "[]", "\xff"])
+def test_wrong_bodies_are_refused(echo: Client, body: str) -> None:
+    for path in ("run", "runsync"):
+        answer = echo("POST", path, data=body.encode("latin-1"))
+        assert answer.status_code == 400
+        assert answer.json()["error"]
+
+
+def test_unknown_jobs_and_routes(echo: Client) -> None:
+    for method, path in (("GET", "status"), ("GET", "stream"), ("POST", "cancel"), ("POST", "retry")):
+        assert echo(method, f"{path}/nothing").status_code == 404
+    assert echo("GET", "openai/v2/models").status_code == 404
+
+
+def test_what_becomes_of_odd_results(echo: Client) -> None:
+    # The SDK cannot send this one's result, and the platform has to miss it, twice; the others meanwhile.
+    unsent = echo.run(**{"return": "bytes"})
+    raised = echo.runsync(**{"raise": "oh no"})
+    assert raised["status"] == "FAILED"
+    assert json.loads(raised["error"])["error_message"] == "oh no"
+    failed = echo.runsync(**{"return": "error"})
+    assert (failed["status"], failed["error"]) == ("FAILED", "no luck")
+    for kind in ("nan", "dict_error"):
+        lost = echo.runsync(**{"return": kind})
+        assert lost["status"] == "COMPLETED"
+        assert not {"output", "error"} & set(lost)
+    for name, big in ((echo.run(big=11 * 2**20), False), (echo.run(big=9 * 2**20), True)):
+        assert ("output" in echo.wait(name)) is big
+    job = echo.wait(unsent)
+    assert (job["status"], job["error"]) == ("FAILED", "job timed out after 1 retries")
+    assert job["retries"] == 1
+
+
+def test_a_job_outlives_many_pings(echo: Client) -> None:
+    seconds = RULES.ping_interval * RULES.missed_pings + 2
+    job = echo.runsync(block=1, sleep=seconds)
+    assert job["status"] == "COMPLETED"
+    assert "retries" not in job
+
+
+def test_the_webhook_is_called_until_it_answers_200(echo: Client) -> None:
+    calls: list[bytes] = []
+
+    class Hook(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            calls.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200 if len(calls) == 2 else 500)
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hook) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/hook"
+        job = echo.post("runsync", {"input": {"n": 1}, "webhook": url})
+        until(lambda: len(calls) == 2)
+        time.sleep(3 * RULES.webhook_delay)
+        server.shutdown()
+    assert [json.loads(call) for call in calls] == [job, job]
+
+
+def test_jobs_taken_together_run_together(echo: Client) -> None:
+    begin = time.monotonic()
+    names = [echo.run(sleep=1) for _ in range(16)]
+    assert {echo.wait(name)["status"] for name in names} == {"COMPLETED"}
+    # One after the other they would take 16 s.
+    assert time.monotonic() - begin < 8

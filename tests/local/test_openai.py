@@ -1,0 +1,120 @@
+"""Streams and the OpenAI routes, spoken by the official clients."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+import requests
+import runpod
+from conftest import HANDLERS, RULES, Client, until
+
+from local import running
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def tokens(notes: Path) -> Iterator[Client]:
+    env = {"NOTES": str(notes), "RUNPOD_LOG_LEVEL": "INFO"}
+    with running(HANDLERS / "tokens.py", env=env, rules=RULES) as platform:
+        yield Client(platform)
+
+
+@pytest.fixture
+def client(tokens: Client) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=tokens.platform.openai_url, api_key="any", max_retries=0) as client:
+        yield client
+
+
+def test_the_official_client_streams(tokens: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runpod, "endpoint_url_base", tokens.platform.base_url)
+    job = runpod.Endpoint("local", api_key="any").run({"count": 4})
+    assert list(job.stream()) == [f"token {n}" for n in range(4)]
+    assert job.output() == [f"token {n}" for n in range(4)]
+
+
+def test_a_chunk_of_a_stream_comes_when_it_is_there(tokens: Client) -> None:
+    name = tokens.run(count=3, sleep=1)
+    arrived = []
+    begin = time.monotonic()
+    while True:
+        part = tokens.get(f"stream/{name}")
+        arrived += [(time.monotonic() - begin, item["output"]) for item in part["stream"]]
+        if part["status"] == "COMPLETED" and not part["stream"]:
+            break
+    assert [text for _, text in arrived] == ["token 0", "token 1", "token 2"]
+    # A second apart at the worker; half of that leaves room for a busy machine.
+    assert arrived[2][0] - arrived[0][0] > 1
+
+
+def test_a_large_chunk_is_split(tokens: Client) -> None:
+    name = tokens.run(count=1, text="naïve 🙂", times=150_000)
+    whole = tokens.wait(name)["output"][0]
+    pieces = [item["output"] for item in tokens.get(f"stream/{name}")["stream"]]
+    assert [len(piece.encode()) <= 2**20 for piece in pieces] == [True, True]
+    assert "".join(pieces) == whole
+
+
+def test_embeddings_and_models(client: openai.OpenAI) -> None:
+    vectors = client.embeddings.create(model="tiny", input=["a", "b"], encoding_format="float")
+    assert [item.embedding for item in vectors.data] == [[1.0, 0], [1.0, 1]]
+    (model,) = client.models.list().data
+    assert model.id == "tiny"
+    assert model.model_extra == {"body": None}
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hello you"}])
+    assert answer.choices[0].message.content == "hello you"
+
+
+def test_a_streamed_chat_arrives_as_it_is_made(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "naïve 🙂 漢字"}], stream=True, user="1"
+    )
+    arrived = [(time.monotonic(), part.choices[0].delta.content) for part in stream]
+    assert [text for _, text in arrived] == ["naïve", "🙂", "漢字"]
+    assert arrived[2][0] - arrived[0][0] > 1
+
+
+def test_an_error_is_answered_with_200_and_its_object(tokens: Client, client: openai.OpenAI) -> None:
+    body = {"model": "bad", "messages": [{"role": "user", "content": "x"}]}
+    answer = tokens("POST", "openai/v1/chat/completions", body)
+    assert answer.status_code == 200
+    assert answer.json() == {"error": {"type": "invalid_request_error", "message": "no such model"}}
+    with pytest.raises(openai.APIError, match="no such model"):
+        list(client.chat.completions.create(**body, stream=True))  # type: ignore[call-overload]
+    with pytest.raises(openai.APIError, match="it broke"):
+        list(client.chat.completions.create(**body | {"model": "breaks"}, stream=True))  # type: ignore[call-overload]
+
+
+def test_an_exception_is_answered_with_its_text(tokens: Client) -> None:
+    answer = tokens("POST", "openai/v1/chat/completions", {"messages": []})
+    assert answer.status_code == 200
+    assert answer.json()["error"].startswith("handler: 'model'")
+
+
+def test_bodies_that_are_no_json_are_refused(tokens: Client) -> None:
+    for data in (b"--boundary\r\nfile", b""):
+        assert tokens("POST", "openai/v1/audio/transcriptions", data=data).status_code == 400
+
+
+def test_a_reader_that_hangs_up_stops_the_job(tokens: Client, notes: Path) -> None:
+    body = {"model": "tiny", "stream": True, "user": "60", "messages": [{"role": "user", "content": "a b"}]}
+    with requests.post(
+        f"{tokens.platform.openai_url}/chat/completions",
+        json=body,
+        headers={"Authorization": "any"},
+        stream=True,
+        timeout=20,
+    ) as response:
+        assert response.headers["Content-Type"].startswith("text/event-stream")
+        lines = response.iter_lines()
+        event = next(lines)
+        assert json.loads(event.removeprefix(b"data: "))["choices"][0]["delta"]["content"] == "a"
+        assert "cancelled" not in notes.read_text()
+    until(lambda: "cancelled" in notes.read_text())
+    until(lambda: tokens.get("health")["jobs"]["inProgress"] == 0)

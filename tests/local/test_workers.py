@@ -1,0 +1,283 @@
+"""Worker processes: shared queue, crashes, hangs, drains, restarts, and nothing left behind."""
+
+import asyncio
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import aiohttp
+import pytest
+import requests
+from conftest import HANDLERS, RULES, Client, until
+
+from local import Platform, WorkerFailed, WorkerProcess, running
+from local.platform import ROOT
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def three(notes: Path) -> Iterator[Client]:
+    """Three workers that take one job at a time."""
+    env = {"NOTES": str(notes), "RUNPOD_LOG_LEVEL": "INFO"}
+    with running(HANDLERS / "echo.py", workers=3, env=env, rules=RULES) as platform:
+        yield Client(platform)
+
+
+def group(pid: int) -> list[int]:
+    """The living processes of a worker's process group."""
+    output = subprocess.run(
+        ["ps", "-eo", "pid=,pgid=,stat="], capture_output=True, text=True, check=True
+    ).stdout
+    rows = [line.split() for line in output.splitlines()]
+    return [int(row[0]) for row in rows if int(row[1]) == pid and not row[2].startswith("Z")]
+
+
+def who_runs(client: Client, name: str) -> WorkerProcess:
+    job = client.wait(name, "IN_PROGRESS")
+    return next(worker for worker in client.platform.workers if worker.id == job["workerId"])
+
+
+def starts(notes: Path, name: str) -> list[str]:
+    """The workers that have started a job, in order."""
+    return re.findall(rf"start {re.escape(name)} (\w+)", notes.read_text())
+
+
+def test_three_workers_share_a_queue(three: Client) -> None:
+    names = [three.run(sleep=0.3) for _ in range(12)]
+    shares = Counter(three.wait(name)["workerId"] for name in names)
+    # Four each if all were equally fast.
+    assert len(shares) == 3
+    assert min(shares.values()) >= 2
+
+
+def test_the_platforms_environment_and_log(three: Client) -> None:
+    worker = three.platform.workers[0]
+    assert worker.ready_after is not None
+    assert 0 < worker.ready_after < 60
+    assert any("Starting Serverless Worker" in line for line in worker.lines)
+    assert len(group(worker.pid)) == 2  # The worker and its heartbeat.
+
+
+def test_a_killed_worker_loses_its_job_to_another(three: Client, notes: Path) -> None:
+    name = three.run(sleep=3)
+    victim = who_runs(three, name)
+    until(lambda: starts(notes, name) == [victim.id])
+    os.kill(victim.pid, signal.SIGKILL)
+    job = three.wait(name)
+    assert (job["status"], job["retries"]) == ("COMPLETED", 1)
+    assert job["workerId"] == job["output"]["worker"] != victim.id
+    assert starts(notes, name) == [victim.id, job["workerId"]]
+    until(lambda: not group(victim.pid))  # Its heartbeat has gone with it.
+    assert victim.returncode == -signal.SIGKILL
+    late = three("POST", f"job-done/{victim.id}/{name}", {"output": "late"})
+    assert late.status_code == 404
+    assert three.get(f"status/{name}") == job
+    three.platform.call(three.platform.wait_ready(60, count=3))
+    assert three.get("health")["workers"]["idle"] == 3
+
+
+def test_a_frozen_worker_loses_its_job_and_its_late_result_is_refused(three: Client, notes: Path) -> None:
+    name = three.run(sleep=1)
+    frozen = who_runs(three, name)
+    until(lambda: starts(notes, name) == [frozen.id])
+    os.killpg(frozen.pid, signal.SIGSTOP)
+    until(lambda: three.get("health")["workers"]["unhealthy"] == 1)
+    job = three.wait(name)
+    assert job["workerId"] != frozen.id
+    os.killpg(frozen.pid, signal.SIGCONT)
+    until(lambda: any("Failed to return job results" in line for line in frozen.lines))
+    assert three.get(f"status/{name}") == job
+    until(lambda: three.get("health")["workers"]["idle"] == 3)
+
+
+def test_a_job_that_kills_its_workers_fails(three: Client, notes: Path) -> None:
+    name = three.run(exit=True)
+    job = three.wait(name)
+    assert (job["status"], job["error"]) == ("FAILED", "job timed out after 1 retries")
+    assert len(set(starts(notes, name))) == 2
+    three.platform.call(three.platform.wait_ready(60, count=3))
+
+
+def test_sigterm_lets_the_job_finish_and_no_other_start(three: Client, notes: Path) -> None:
+    name = three.run(sleep=2)
+    leaver = who_runs(three, name)
+    until(lambda: starts(notes, name) == [leaver.id])
+    leaver.terminate()
+    assert leaver.state == "draining"
+    others = [three.run(n=n) for n in range(6)]
+    job = three.wait(name)
+    assert (job["status"], job["workerId"]) == ("COMPLETED", leaver.id)
+    assert leaver.id not in {three.wait(other)["workerId"] for other in others}
+    until(lambda: leaver.returncode is not None, 5)
+    assert leaver.returncode == 0
+    assert len(three.platform.workers) == 2  # It is not replaced.
+
+
+def test_stop_pod_replaces_a_worker_after_its_other_jobs(notes: Path) -> None:
+    env = {"NOTES": str(notes), "RUNPOD_LOG_LEVEL": "INFO", "CONCURRENCY": "4"}
+    with running(HANDLERS / "echo.py", env=env, rules=RULES) as platform:
+        client = Client(platform)
+        (first,) = platform.workers
+        slow = client.run(sleep=2)
+        until(lambda: starts(notes, slow) == [first.id])
+        refresh = client.runsync(**{"return": "refresh"})
+        assert refresh["output"] == {"worker": first.id}
+        assert client.get("health")["workers"]["idle"] == 0
+        after = client.run(n=1)
+        assert client.wait(slow)["workerId"] == first.id
+        assert client.wait(after)["workerId"] != first.id
+        assert first.returncode == 0
+        begin = time.monotonic()
+    # The SDK would sleep for a second in its loop for stop signals, and wait for its long poll (30 s).
+    assert time.monotonic() - begin < 5
+
+
+async def test_a_worker_that_never_gets_ready_shows_in_health(tmp_path: Path) -> None:
+    platform = Platform(rules=RULES)
+    await platform.start()
+    env = {"START": "hang", "STARTS": str(tmp_path / "starts")}
+    worker = await platform.add_worker([sys.executable, "start.py"], cwd=HANDLERS, env=env)
+    with pytest.raises(TimeoutError, match="phase=load"):
+        await platform.wait_ready(1.5)
+    assert worker.state == "initializing"
+    assert worker.phases == {"import": 0.25, "load": 1.5}
+    assert (await health(platform))["initializing"] == 1
+    begin = time.monotonic()
+    await platform.stop()
+    assert time.monotonic() - begin < 5
+    assert not group(worker.pid)
+
+
+async def test_a_worker_that_fails_is_restarted_with_growing_pauses(tmp_path: Path) -> None:
+    platform = Platform(rules=replace(RULES, restarts=3, restart_delay=0.3))
+    await platform.start()
+    log = tmp_path / "starts"
+    env = {"START": "exit", "STARTS": str(log)}
+    await platform.add_worker([sys.executable, "start.py"], cwd=HANDLERS, env=env)
+    with pytest.raises(WorkerFailed, match=r"(?s)status 1 .*no such model"):
+        await platform.wait_ready(30)
+    await asyncio.to_thread(until, lambda: log.read_text().count("\n") == 4)
+    await asyncio.sleep(1)
+    times = [float(line) for line in log.read_text().splitlines()]
+    pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert len(times) == 4  # Once and three times again, and no more.
+    assert [pause >= least for pause, least in zip(pauses, (0.3, 0.6, 1.2), strict=True)] == [True] * 3
+    assert await health(platform) == {
+        "idle": 0,
+        "initializing": 0,
+        "ready": 0,
+        "running": 0,
+        "throttled": 0,
+        "unhealthy": 1,
+    }
+    with pytest.raises(WorkerFailed):
+        await platform.wait_ready(30)
+    await platform.stop()
+
+
+def test_running_reports_why_a_worker_failed(tmp_path: Path) -> None:
+    env = {"START": "exit", "STARTS": str(tmp_path / "starts")}
+    with pytest.raises(WorkerFailed, match="no such model"), running(HANDLERS / "start.py", env=env):
+        pass
+    with pytest.raises(FileNotFoundError, match="sentence-transformers"), running("no-such-worker"):
+        pass
+
+
+def test_a_taken_port_is_an_error(three: Client) -> None:
+    port = int(three.platform.base_url.rpartition(":")[2].partition("/")[0])
+    with pytest.raises(OSError, match="in use"), running(HANDLERS / "echo.py", port=port):
+        pass
+
+
+async def test_a_worker_that_does_not_leave_is_killed(tmp_path: Path) -> None:
+    stubborn = (
+        "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+    )
+    platform = Platform(rules=replace(RULES, grace=0.5))
+    await platform.start()
+    worker = await platform.add_worker([sys.executable, "-c", stubborn], cwd=tmp_path)
+    await asyncio.to_thread(until, lambda: "up" in worker.lines)
+    await platform.stop()
+    assert worker.returncode == -signal.SIGKILL
+    assert platform.workers == []
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="util-linux's setpriv is what ties them together")
+def test_workers_end_with_a_platform_that_is_killed(tmp_path: Path) -> None:
+    script = textwrap.dedent(f"""
+        import time
+        from local import running
+        with running({str(HANDLERS / "echo.py")!r}) as platform:
+            print(platform.workers[0].pid, flush=True)
+            time.sleep(600)
+    """)
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        assert len(group(pid)) == 2
+        process.kill()
+    until(lambda: not group(pid))
+
+
+async def health(platform: Platform) -> dict[str, int]:
+    async with (
+        aiohttp.ClientSession(headers={"Authorization": "any"}) as session,
+        session.get(f"{platform.endpoint_url}/health") as answer,
+    ):
+        workers: dict[str, int] = (await answer.json())["workers"]
+        return workers
+
+
+def test_the_command_line_runs_the_test_input(tmp_path: Path) -> None:
+    handler = tmp_path / "handler.py"
+    shutil.copy(HANDLERS / "echo.py", handler)
+    (tmp_path / "test_input.json").write_text('{"input": {"n": 1, "big": 5000}}')
+    command = [sys.executable, "-m", "local", "run", str(handler)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0
+    assert '"status": "COMPLETED"' in result.stdout
+    assert "(5000 characters)" in result.stdout
+    assert re.search(r"request to answer +\d+\.\d ms", result.stdout)
+    (tmp_path / "test_input.json").write_text('{"input": {"raise": "oh no"}}')
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60).returncode == 1
+
+
+def test_the_command_line_serves_and_its_example_works(tmp_path: Path) -> None:
+    handler = tmp_path / "handler.py"
+    shutil.copy(HANDLERS / "tokens.py", handler)
+    (tmp_path / "test_input.json").write_text('{"input": {"count": 1, "text": "it\'s naïve"}}')
+    command = [sys.executable, "-m", "local", "serve", str(handler), "--port", "0", "--env", "A=b"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as server:
+        assert server.stdout is not None
+        guide = ""
+        while "Ctrl-C" not in guide:
+            guide += server.stdout.readline()
+        curl = guide[guide.index("curl -s") : guide.index("\n\nWith OpenAI")]
+        answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True).stdout
+        assert "it's naïve" in answer
+        python = guide[guide.index("from openai") : guide.index("\n\nCtrl-C")]
+        answer = subprocess.run(
+            [sys.executable, "-c", python], capture_output=True, text=True, check=True
+        ).stdout
+        assert answer == "[2, 2]\n"
+        server.send_signal(signal.SIGINT)
+        assert server.wait(20) == 0
+    url = re.search(r"http://\S+/v2/local", guide)
+    assert url is not None
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"{url[0]}/health")
