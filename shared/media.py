@@ -74,7 +74,7 @@ def decode_base64(text: str, *, param: str, max_bytes: int = MAX_BYTES) -> bytes
         cause = "it is not ASCII"
     except ValueError as error:
         cause = str(error)
-    raise _refused(param, f"is not valid base64: {cause}", "bad_base64")
+    raise _refused(param, f"not valid base64: {cause}", "bad_base64")
 
 
 async def load_bytes(
@@ -94,9 +94,9 @@ async def load_bytes(
         read = _read_data_uri if scheme else decode_base64
         data = await asyncio.to_thread(read, source, param=param, max_bytes=max_bytes)
     else:
-        raise _refused(param, "is not base64, a data: URI or an http(s) URL", "bad_url")
+        raise _refused(param, "neither base64 nor a data: URI nor an http(s) URL", "bad_url")
     if not data:
-        raise _refused(param, "is empty", "empty")
+        raise _refused(param, "empty", "empty")
     return data
 
 
@@ -127,9 +127,9 @@ def load_image(data: bytes, *, param: str = "image", max_pixels: int = MAX_PIXEL
     except Image.DecompressionBombError:
         raise _over(param, f"{max_pixels} pixels") from None
     except UnidentifiedImageError:
-        cause = "is not an image that this worker reads"
+        cause = "no image that this worker reads"
     except Exception:  # PIL's readers raise errors of every kind on broken files
-        cause = "is damaged or cut short"
+        cause = "a damaged image, or one cut short"
     raise _refused(param, f"{cause}; send {', '.join(IMAGE_FORMATS)}", "bad_image")
 
 
@@ -156,7 +156,7 @@ def load_audio(
     except soundfile.LibsndfileError:
         samples = _read_with_ffmpeg(data, rate, param, max_seconds)
     if not samples.size or not np.isfinite(samples).all():
-        cause = "has samples that are no numbers" if samples.size else "is no sound that this worker reads"
+        cause = "samples that are no numbers" if samples.size else "no sound that this worker reads"
         raise _refused(param, f"{cause}; send WAV, FLAC, MP3, OGG or Opus", "bad_audio")
     return samples
 
@@ -181,7 +181,7 @@ def encode_audio(samples: NDArray[np.float32], rate: int, format: str = "wav") -
 def _read_data_uri(uri: str, *, param: str, max_bytes: int) -> bytes:
     head, comma, body = uri.partition(",")
     if not comma:
-        raise _refused(param, "is a data: URI without a comma", "bad_url")
+        raise _refused(param, "a data: URI without a comma", "bad_url")
     if head.lower().rstrip().endswith(";base64"):
         return decode_base64(unquote(body), param=param, max_bytes=max_bytes)
     if len(body) > 3 * max_bytes or len(data := unquote_to_bytes(body)) > max_bytes:
@@ -196,7 +196,7 @@ async def _download(url: str, param: str, max_bytes: int, timeout_s: float) -> b
         async with asyncio.timeout(timeout_s):
             return await asyncio.get_running_loop().run_in_executor(_downloads, fetch)
     except TimeoutError:
-        raise _refused(param, f"took longer than {timeout_s:g} s to download", "download_timeout") from None
+        raise _refused(param, f"the download took longer than {timeout_s:g} s", "download_timeout") from None
     finally:
         abandoned.set()
 
@@ -230,7 +230,7 @@ def _fetch(url: str, param: str, max_bytes: int, patience_s: float, abandoned: t
         cause = type(error).__name__
     finally:
         sys.setprofile(None)
-    raise _refused(param, f"could not be downloaded: {cause}", "download_failed")
+    raise _refused(param, f"the download failed: {cause}", "download_failed")
 
 
 def _read_sound(data: bytes, rate: int, param: str, max_seconds: float) -> NDArray[np.float32]:
@@ -240,7 +240,7 @@ def _read_sound(data: bytes, rate: int, param: str, max_seconds: float) -> NDArr
 
     with soundfile.SoundFile(io.BytesIO(data)) as sound:
         if not 1_000 <= sound.samplerate <= 1_000_000:
-            raise _refused(param, f"has a sample rate of {sound.samplerate} Hz", "bad_audio")
+            raise _refused(param, f"a sample rate of {sound.samplerate} Hz", "bad_audio")
         limit = int(max_seconds * sound.samplerate)
         if limit < sound.frames < 2**63 - 1:  # which is how libsndfile says unknown: FLAC written to a pipe
             raise _over(param, f"{max_seconds:g} seconds")
@@ -282,8 +282,8 @@ def _read_with_ffmpeg(data: bytes, rate: int, param: str, max_seconds: float) ->
 
 
 def _refused(param: str, cause: str, code: str) -> JobError:
-    return JobError(f"`{param}` {cause}.", param=param, code=code)
+    return JobError(f"{param}: {cause}.", param=param, code=code)
 
 
 def _over(param: str, limit: str) -> JobError:
-    return _refused(param, f"is over the limit of {limit}", "too_large")
+    return _refused(param, f"over the limit of {limit}", "too_large")

@@ -62,7 +62,7 @@ def test_any_text_decodes_as_the_strict_decoder_does_or_is_refused(text):
         refused = error
     if refused:
         assert (refused.param, refused.code) == ("audio.data", "bad_base64")
-        assert "`audio.data`" in refused.message
+        assert refused.message.startswith("audio.data: ")
     else:
         assert data == strict(text)
 
@@ -97,7 +97,7 @@ def test_of_one_alphabet_only_a_lone_last_character_is_refused(standard, url_saf
     ],
 )
 def test_refused(text):
-    with pytest.raises(JobError, match="`x` is not valid base64"):
+    with pytest.raises(JobError, match="^x: not valid base64"):
         decode_base64(text, param="x")
 
 
@@ -148,7 +148,7 @@ async def test_sources_that_are_none(source, code):
     with pytest.raises(JobError) as caught:
         await load_bytes(source, param="image")
     assert (caught.value.code, caught.value.param) == (code, "image")
-    assert "`image`" in caught.value.message
+    assert caught.value.message.startswith("image: ")
 
 
 @pytest.mark.parametrize("source", ["data:,aaaa", "data:,%61%61%61%61", "data:;base64,YWFhYQ", "YWFhYQ=="])
