@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from shared.errors import JobError
 
@@ -113,3 +113,152 @@ class EmbeddingsResponse(BaseModel):
     data: list[Embedding]
     model: str
     usage: EmbeddingsUsage
+
+
+# ---- /v1/chat/completions ------------------------------------------------------------------------------
+
+
+class ImageUrl(OpenAIRequest):
+    url: str = Field(description="A `data:` URI, base64 or an http(s) URL")
+    detail: str | None = Field(None, description="Accepted and not used")
+
+
+class ContentPart(OpenAIRequest):
+    type: Literal["text", "image_url"] = Field(description="What the part is")
+    text: str | None = Field(None, description="The text, where `type` is text")
+    image_url: ImageUrl | None = Field(None, description="The image, where `type` is image_url")
+
+    @model_validator(mode="after")
+    def _has_what_it_says(self) -> ContentPart:
+        if getattr(self, self.type) is None:
+            raise ValueError(f"a part of type {self.type} needs the field {self.type}")
+        return self
+
+
+def _as_parts(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+class ChatMessage(OpenAIRequest):
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="Whose message it is")
+    content: Annotated[list[ContentPart], BeforeValidator(_as_parts)] = Field(
+        description="A text, or a list of parts"
+    )
+
+    def text(self) -> str:
+        """Its text parts, one after another."""
+        return "".join(part.text or "" for part in self.content)
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1)]
+
+
+def _as_stops(value: Any) -> Any:
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+Stop = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=200)]],
+    BeforeValidator(_as_stops),
+    Field(max_length=4),
+]
+"""A text, or up to four: the answer ends before the first of them that comes."""
+
+
+class StreamOptions(OpenAIRequest):
+    include_usage: bool = Field(False, description="End the stream with a chunk that has the usage")
+
+
+class ChatCompletionRequest(OpenAIRequest):
+    """The body of POST /v1/chat/completions. What a worker does not have is told by `refuse_unserved`."""
+
+    # Other fields are kept, so that a worker can refuse those that would change its answer.
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, protected_namespaces=())
+
+    messages: Messages = Field(description="The conversation so far")
+    model: str | None = Field(None, description="The served model's name")
+    max_completion_tokens: int | None = Field(None, ge=1, description="The most tokens of the answer")
+    max_tokens: int | None = Field(None, ge=1, description="The older name of `max_completion_tokens`")
+    temperature: float | None = Field(None, ge=0, le=2, description="0: always the likeliest token")
+    top_p: float | None = Field(None, gt=0, le=1, description="Draw from the likeliest tokens of this sum")
+    seed: int | None = Field(None, description="The same seed gives the same answer")
+    stop: Stop = Field(default=[], description="The answer ends before the first of these, at most four")
+    stream: bool | None = Field(None, description="Send the answer in pieces")
+    stream_options: StreamOptions | None = Field(None, description="Only with `stream`")
+
+
+def refuse_unserved(request: ChatCompletionRequest, **neutral: Any) -> None:
+    """Raise JobError for a field that asks for what this worker does not have.
+
+    neutral: each such field's value that asks for nothing (`n=1`); null and empty always do not.
+    """
+    for name, value in (request.model_extra or {}).items():
+        if name in neutral and value and value != neutral[name]:
+            raise JobError(
+                f"{name}: this worker does not have it. Leave it out.", param=name, code="unsupported"
+            )
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+
+
+class ChatChoice(BaseModel):
+    index: int = 0
+    message: AnswerMessage
+    logprobs: None = None
+    finish_reason: str
+
+
+class Usage(BaseModel):
+    prompt_tokens: int = Field(description="Tokens that the model read: text, marks and images")
+    completion_tokens: int = Field(description="Tokens that it made, the one that ended the answer included")
+    total_tokens: int = Field(description="The sum of both")
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> Usage:
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+    )
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Delta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(BaseModel):
+    index: int = 0
+    delta: Delta
+    logprobs: None = None
+    finish_reason: str | None = None
+
+
+class ChatCompletionChunk(BaseModel):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+
+
+def sse(event: BaseModel) -> str:
+    """`event` as one server-sent event."""
+    return f"data: {event.model_dump_json()}\n\n"
+
+
+DONE = "data: [DONE]\n\n"
+"""The end of a stream."""

@@ -1,0 +1,588 @@
+"""Text generation across jobs, for the workers whose models transformers runs in this process.
+
+    engine = Generator(model, tokenizer)
+    inputs = tokenizer("...", return_tensors="pt")            # or what a processor makes of texts and images
+    async with aclosing(engine.stream(inputs, Sampling(max_tokens=64))) as pieces:
+        async for piece in pieces: ...
+
+One thread runs the model, one token for all rows at a time; a row is one job's answer. Rows come and go at
+every token: a newcomer's prompt is read while the others wait, and its part of the cache is put beside
+theirs, so that it does not wait for their ends. That is exact where rows share nothing but the batch, which
+`joins` finds out; with any other model those that wait run together through `generate`, from start to end.
+
+Each row has its own sampling, random numbers, end and stop strings, whatever runs beside it. In float32 it
+gets the tokens that it would get alone; in bfloat16 and float16 a batch may round otherwise than a lone row.
+
+A row that makes the model fail fails alone: a group that fails is run again in halves. When memory runs out,
+the budget is lowered and the rows go on later from the tokens that they have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import inspect
+import random
+import threading
+import traceback
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Literal
+
+from shared.errors import JobError
+from shared.jobs import empty_cache, is_out_of_memory
+from shared.logs import log
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FinishReason = Literal["stop", "length"]
+
+CPU_BUDGET = 32768  # tokens in the cache; on a GPU it is what the free memory holds
+PREFILL_TOKENS = 8192  # of prompts read at once: rows that stream wait meanwhile
+# What has a column for each token of a prompt. Everything else is joined along its first dimension.
+_BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one answer is made. temperature 0: always the likeliest token. seed None: never the same twice."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What has come since the last piece; the one with a finish_reason is the last.
+
+    tokens: how many the model has made for this answer so far, the one that ended it included.
+    """
+
+    text: str
+    tokens: int
+    finish_reason: FinishReason | None = None
+
+
+# ---- text ----------------------------------------------------------------------------------------------
+
+
+class Detokenizer:
+    """Token ids to text as they come. What it gave, put together, is `decode` of all ids at once."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []  # from a little before what is still open: a decoder may look back
+        self._start = 0  # index of the first open id
+        self._context = ""  # text of the ids before it
+        self._given = 0  # how many characters of the open ids' text are out
+
+    def feed(self, ids: Sequence[int], *, last: bool = False) -> str:
+        """The text that is certain now. A character whose bytes are not all there waits, until `last`."""
+        self._ids += ids
+        text = self._decode(self._ids)[len(self._context) :]
+        certain = text if last else text.rstrip("\ufffd")
+        new = certain[self._given :]
+        self._given = max(self._given, len(certain))
+        if new and len(certain) == len(text):
+            self._ids = self._ids[self._start :]
+            self._start, self._context, self._given = len(self._ids), self._decode(self._ids), 0
+        return new
+
+
+class StopStrings:
+    """Cuts a text before the stop string that ends first in it; gives out nothing that may be part of one.
+
+    How the text is cut into pieces makes no difference to what is given out in all.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """What of the text so far may go out, and whether a stop string was found."""
+        held = self._held + text
+        ends = [(at + len(stop), -len(stop)) for stop in self._stops if (at := held.find(stop)) >= 0]
+        if ends:
+            end, minus_length = min(ends)
+            self._held = ""
+            return held[: end + minus_length], True
+        keep = max((_overlap(held, stop) for stop in self._stops), default=0)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep], False
+
+    def rest(self) -> str:
+        """What was held back, when no more text comes."""
+        return self._held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many of the last characters of `text` are the beginning of `stop`."""
+    sizes = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)
+
+
+# ---- one answer ----------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    inputs: Mapping[str, Any]
+    sampling: Sampling
+    each: bool  # tell every token, not only the end
+    loop: asyncio.AbstractEventLoop
+    news: asyncio.Queue[tuple[list[int], FinishReason | Exception | None]]
+    key: Hashable
+    random: random.Random
+    prompt: int
+    tokens: list[int] = field(default_factory=list)
+    told: int = 0
+    over: bool = False  # ended, or nobody waits for it
+
+    @property
+    def length(self) -> int:
+        return self.prompt + len(self.tokens)
+
+    @property
+    def left(self) -> int:
+        return self.sampling.max_tokens - len(self.tokens)
+
+    def take(self, token: int, ends: frozenset[int]) -> None:
+        if self.over:
+            return
+        if token < 0:
+            return self.tell(_not_finite())
+        self.tokens.append(token)
+        end: FinishReason | None = "stop" if token in ends else "length" if not self.left else None
+        if end or self.each:
+            self.tell(end)
+
+    def tell(self, end: FinishReason | Exception | None) -> None:
+        news, self.told = self.tokens[self.told :], len(self.tokens)
+        self.over = self.over or end is not None
+        try:
+            self.loop.call_soon_threadsafe(self.news.put_nowait, (news, end))
+        except RuntimeError:  # the loop is closed
+            self.over = True
+
+
+def _not_finite() -> JobError:
+    return JobError(
+        "The model gave numbers that are not finite. Try another DTYPE, such as bfloat16 or float32.",
+        code="not_finite",
+        type="server_error",
+    )
+
+
+def _key(inputs: Mapping[str, Any]) -> Hashable:
+    """Prompts may be read together where this is equal: nothing of them then needs padding but the tokens."""
+    return tuple(
+        (name, value.dtype, tuple(value.shape[1:])) if hasattr(value, "dtype") else (name, id(value))
+        for name, value in sorted(inputs.items())
+        if name not in _BY_TOKEN
+    )
+
+
+def choose(logits: torch.Tensor, rows: Sequence[_Row]) -> list[int]:
+    """The next token of each row: the likeliest, or one drawn with the row's own random number.
+
+    A row whose logits are not finite gets -1.
+    """
+    import torch
+
+    best, tokens = logits.max(dim=-1)
+    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0 and not row.over]
+    if drawn:
+        settings = [
+            (row.sampling.temperature, row.sampling.top_p, row.random.random())
+            for row in (rows[i] for i in drawn)
+        ]
+        temperature, top_p, number = torch.tensor(settings, device=logits.device).split(1, dim=1)
+        scores, order = (logits[drawn].float() / temperature).sort(dim=-1, descending=True)
+        chances = scores.softmax(dim=-1)
+        before = chances.cumsum(dim=-1) - chances
+        chances = chances.masked_fill(before >= top_p, 0.0)  # the likeliest always stays
+        reached = chances.cumsum(dim=-1)
+        at = (reached <= number * reached[:, -1:]).sum(dim=-1, keepdim=True)
+        last = (chances > 0).sum(dim=-1, keepdim=True) - 1
+        tokens[drawn] = order.gather(1, at.minimum(last)).squeeze(1)
+    tokens = tokens.masked_fill(~best.isfinite(), -1)
+    return tokens.tolist()  # type: ignore[no-any-return]
+
+
+# ---- the engine ----------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class _Batch:
+    """The rows that are being answered. `mask` has a column for each token in the cache."""
+
+    rows: list[_Row]
+    cache: Any
+    mask: torch.Tensor
+    tokens: torch.Tensor  # the last ones, which are not in the cache yet
+
+    def keep(self, indices: list[int]) -> None:
+        """Drop the other rows, and the columns on the left that are then empty."""
+        mask = self.mask[indices]
+        empty = int(mask.any(dim=0).int().argmax())
+        self.mask, self.tokens = mask[:, empty:], self.tokens[indices]
+        self.rows = [self.rows[i] for i in indices]
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[indices, :, empty:], layer.values[indices, :, empty:]
+
+    def join(self, other: _Batch) -> None:
+        import torch
+        from torch.nn.functional import pad
+
+        width = max(self.mask.shape[1], other.mask.shape[1])
+
+        def joined(ours: torch.Tensor, theirs: torch.Tensor, dim: int) -> torch.Tensor:
+            sides = [0, 0] * (ours.dim() - 1 - dim)
+            parts = [pad(part, (*sides, width - part.shape[dim], 0)) for part in (ours, theirs)]
+            return torch.cat(parts)
+
+        self.rows += other.rows
+        self.mask = joined(self.mask, other.mask, 1)
+        self.tokens = torch.cat([self.tokens, other.tokens])
+        for ours, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            ours.keys, ours.values = joined(ours.keys, theirs.keys, 2), joined(ours.values, theirs.values, 2)
+
+
+def joins(model: PreTrainedModel) -> bool:
+    """Whether rows of this model may be put beside others in the middle of their answers.
+
+    They may where a step needs no more than the tokens, their places and a cache with a column for each:
+    where the class prepares its inputs as transformers does by default, no layer has a window or a state, and
+    the checkpoint asks for no changes to the logits that look back over the text.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+    from transformers.generation.utils import GenerationMixin
+
+    prepares = (
+        "prepare_inputs_for_generation",
+        "_update_model_kwargs_for_generation",
+        "_prepare_position_ids_for_generation",
+    )
+    default = all(getattr(type(model), name) is getattr(GenerationMixin, name) for name in prepares)
+    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    plain = plain and not getattr(model.config.get_text_config(decoder=True), "num_kv_shared_layers", 0)
+    changes = {
+        name
+        for name, value in model.generation_config.to_dict().items()
+        if value not in (None, 0, 1, [], {})  # 0 and 1, False and True among them, are what changes nothing
+        and not name.startswith(("_", "max_"))
+        and not name.endswith("_token_id")
+    }
+    sampling = {"temperature", "top_p", "top_k", "min_p", "typical_p", "transformers_version"}
+    return default and plain and changes <= sampling
+
+
+def cache_budget(model: PreTrainedModel, share: float = 0.7) -> int:
+    """How many tokens' keys and values fit into `share` of a GPU's free memory; CPU_BUDGET on a CPU."""
+    import torch
+
+    if model.device.type != "cuda":
+        return CPU_BUDGET
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return max(1, int(free * share // per_token))
+
+
+class Generator:
+    """Answers prompts with a decoder model of transformers, many at a time.
+
+    max_rows: the most answers at a time. budget: the most tokens in the cache, padding and what is still to
+    come included; None: see `cache_budget`. A lone row may have more. max_length: the most tokens of a prompt
+    and its answer; None: the model's own limit.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_rows: int = 32,
+        budget: int | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        config = model.config.get_text_config(decoder=True)
+        limits = [limit for limit in (max_length, getattr(config, "max_position_embeddings", None)) if limit]
+        self.max_length: int | None = min(limits, default=None)
+        self.model, self.tokenizer = model, tokenizer
+        ends = model.generation_config.eos_token_id
+        ends = tokenizer.eos_token_id if ends is None else ends
+        self._ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        self._pad: int = next((i for i in (tokenizer.pad_token_id, *self._ends) if i is not None), 0)
+        self._max_rows, self._budget = max_rows, budget or cache_budget(model)
+        self._joins = joins(model)
+        self._last_only = (
+            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        )
+        self._incoming: SimpleQueue[_Row | None] = SimpleQueue()
+        self._waiting: deque[_Row] = deque()
+        self._live: _Batch | None = None
+        threading.Thread(target=self._work, name="engine", daemon=True).start()
+
+    # -- for the event loop
+
+    def fit(self, prompt: int, max_tokens: int | None, *, default: int, param: str) -> int:
+        """How many tokens the answer to a prompt of `prompt` tokens may have; `default` where there is room.
+
+        Raises JobError(code="too_long") with both numbers for what the model has no room for.
+        """
+        if self.max_length is None:
+            return max_tokens or default
+        room = self.max_length - prompt
+        if room < 1:
+            raise JobError(
+                f"{param}: the prompt has {prompt} tokens, images included, and the model takes "
+                f"{self.max_length} with the answer. Shorten it, or send fewer images.",
+                param=param,
+                code="too_long",
+            )
+        if max_tokens is not None and max_tokens > room:
+            raise JobError(
+                f"max_tokens: the prompt has {prompt} tokens, images included, and {max_tokens} more make "
+                f"{prompt + max_tokens}; the model takes {self.max_length}. Ask for at most {room}.",
+                param="max_tokens",
+                code="too_long",
+            )
+        return max_tokens or min(default, room)
+
+    async def stream(
+        self, inputs: Mapping[str, Any], sampling: Sampling, *, each: bool = True
+    ) -> AsyncIterator[Piece]:
+        """The answer to a prompt, in pieces. Close it (`contextlib.aclosing`) to give its place up at once.
+
+        inputs: what the tokenizer or processor made of one prompt, as tensors with a first dimension of one.
+        each: a piece for each token that completes some text; False: all in one piece.
+        """
+        row = _Row(
+            inputs, sampling, each or bool(sampling.stop), asyncio.get_running_loop(), asyncio.Queue(),
+            _key(inputs), random.Random(sampling.seed), inputs["input_ids"].shape[1],  # noqa: S311
+        )  # fmt: skip
+        detokenizer = Detokenizer(lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True))
+        stops = StopStrings(sampling.stop)
+        out, count, end = "", 0, None
+        self._incoming.put(row)
+        try:
+            while end is None:
+                tokens, end = await row.news.get()
+                if isinstance(end, Exception):
+                    raise end
+                groups = [[token] for token in tokens] if sampling.stop else [tokens]
+                for number, group in enumerate(groups, 1):
+                    count += len(group)
+                    last = end is not None and number == len(groups)
+                    told = group[:-1] if last and end == "stop" else group
+                    text, found = stops.feed(detokenizer.feed(told, last=last))
+                    out += text
+                    if found:
+                        end = "stop"
+                        break
+                if end:
+                    out += stops.rest()
+                if end or (out and each):
+                    yield Piece(out, count, end)
+                    out = ""
+        finally:
+            row.over = True
+
+    def close(self) -> None:
+        """Let the thread end after the step that it is at. What still runs is dropped without a word."""
+        self._incoming.put(None)
+
+    # -- on the engine's thread
+
+    def _work(self) -> None:
+        import torch
+
+        with torch.inference_mode():
+            while True:
+                while not self._incoming.empty() or not (self._waiting or self._live):
+                    row = self._incoming.get()
+                    if row is None:
+                        return
+                    self._waiting.append(row)
+                self._turn()
+
+    def _turn(self) -> None:
+        """Take in who fits, then one more token for everybody."""
+        newcomers = self._admit()
+        if newcomers:
+            self._begin(newcomers)
+        if self._live is None:
+            return
+        rows, cells, problem = self._live.rows, self._live.mask.numel(), None
+        try:
+            self._step(self._live)
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they hold tensors
+            problem = error
+        if problem is None:
+            return
+        # Some layers of the cache are a token further than the others: who goes on begins with a new one.
+        self._live = None
+        if is_out_of_memory(problem) and len(rows) > 1:
+            self._shrink(cells)
+            self._waiting.extendleft(reversed(rows))
+        else:
+            log.error("a step failed for %d answers: %r", len(rows), problem)
+            for row in rows:
+                row.tell(problem)
+
+    def _admit(self) -> list[_Row]:
+        """Take the rows whose prompts are read next out of the queue: the first, and later ones like it."""
+        self._waiting = deque(row for row in self._waiting if not row.over)
+        live = self._live.rows if self._live else []
+        width = self._live.mask.shape[1] if self._live else 0
+        left = max((row.left for row in live), default=0)
+        longest = 0
+        chosen: list[_Row] = []
+        for row in self._waiting:
+            if chosen and row.key != chosen[0].key:
+                continue
+            longest, left = max(longest, row.length), max(left, row.left)
+            rows = len(live) + len(chosen) + 1
+            full = rows > self._max_rows or rows * (max(width, longest) + left) > self._budget
+            if rows > 1 and (full or (chosen and (len(chosen) + 1) * longest > PREFILL_TOKENS)):
+                break
+            chosen.append(row)
+        for row in chosen:
+            self._waiting.remove(row)
+        return chosen
+
+    def _begin(self, rows: list[_Row]) -> None:
+        """Read the prompts of `rows`. Where that fails for several, half of them at a time."""
+        problem = None
+        try:
+            if self._joins:
+                self._prefill(rows)
+            else:
+                self._generate(rows)
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)
+            problem = error
+        if problem is None:
+            return
+        rows = [row for row in rows if not row.over]
+        no_memory = is_out_of_memory(problem)
+        if no_memory:
+            empty_cache()
+        if len(rows) > 1:
+            half = len(rows) // 2
+            self._begin(rows[:half])
+            self._begin(rows[half:])
+        elif rows and no_memory and self._live:
+            self._shrink(self._live.mask.numel() + rows[0].length)
+            self._waiting.appendleft(rows[0])
+        elif rows:
+            rows[0].tell(problem)
+
+    def _shrink(self, cells: int) -> None:
+        self._budget = max(1, int(cells * 0.8))
+        empty_cache()
+        log.warning("out of memory: at most %d tokens in the cache from now on", self._budget)
+
+    def _collate(self, rows: list[_Row]) -> dict[str, Any]:
+        """One model input of the rows' prompts and what they have been answered, padded on the left."""
+        import torch
+        from torch.nn.functional import pad
+
+        width = max(row.length for row in rows)
+        inputs: dict[str, Any] = {}
+        for name, first in rows[0].inputs.items():
+            parts = [row.inputs[name] for row in rows]
+            if name in _BY_TOKEN:
+                filler = self._pad if name == "input_ids" else 0
+                for i, row in enumerate(rows):
+                    told = torch.tensor([row.tokens], dtype=first.dtype)
+                    if name != "input_ids":
+                        told = torch.full_like(told, 1 if name == "attention_mask" else 0)
+                    parts[i] = pad(torch.cat([parts[i], told], 1), (width - row.length, 0), value=filler)
+            if len(parts) > 1 or name in _BY_TOKEN:
+                first = torch.cat(parts)
+            if isinstance(first, torch.Tensor):
+                first = first.to(self.model.device, self.model.dtype if first.is_floating_point() else None)
+            inputs[name] = first
+        return inputs
+
+    def _prefill(self, rows: list[_Row]) -> None:
+        import torch
+
+        inputs = self._collate(rows)
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            mask = torch.ones_like(inputs["input_ids"])
+        places = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        output = self.model(**inputs, position_ids=places, use_cache=True, **self._last_only)
+        batch = _Batch(rows, output.past_key_values, mask, inputs["input_ids"][:, :0])
+        if self._settle(batch, output.logits[:, -1]):
+            if self._live:
+                self._live.join(batch)
+            else:
+                self._live = batch
+
+    def _step(self, batch: _Batch) -> None:
+        import torch
+
+        mask = torch.cat([batch.mask, torch.ones_like(batch.mask[:, :1])], dim=1)
+        places = mask.sum(dim=1, keepdim=True) - 1
+        output = self.model(
+            input_ids=batch.tokens, attention_mask=mask, position_ids=places,
+            past_key_values=batch.cache, use_cache=True,
+        )  # fmt: skip
+        batch.mask, batch.cache = mask, output.past_key_values
+        if not self._settle(batch, output.logits[:, -1]):
+            self._live = None
+
+    def _settle(self, batch: _Batch, logits: torch.Tensor) -> bool:
+        """Give each row its token and drop those that are over; False when none is left."""
+        import torch
+
+        tokens = choose(logits, batch.rows)
+        batch.tokens = torch.tensor(tokens, device=logits.device)[:, None]
+        for row, token in zip(batch.rows, tokens, strict=True):
+            row.take(token, self._ends)
+        going = [i for i, row in enumerate(batch.rows) if not row.over]
+        if 0 < len(going) < len(batch.rows):
+            batch.keep(going)
+        return bool(going)
+
+    def _generate(self, rows: list[_Row]) -> None:
+        """Answer `rows` from start to end. Meanwhile nobody joins them, and who leaves leaves a gap."""
+        import torch
+        from transformers import LogitsProcessorList, StoppingCriteriaList
+
+        config = copy.deepcopy(self.model.generation_config)
+        config.update(
+            do_sample=False, num_beams=1, max_length=None, max_new_tokens=max(row.left for row in rows),
+            pad_token_id=self._pad, eos_token_id=None, temperature=None, top_p=None, top_k=None,
+        )  # fmt: skip
+
+        def draw(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            tokens = choose(scores, rows)
+            for row, token in zip(rows, tokens, strict=True):
+                row.take(token, self._ends)
+            chosen = torch.tensor(tokens, device=scores.device)[:, None].clamp(min=0)
+            return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+        def over(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            return torch.tensor([row.over for row in rows], device=ids.device)
+
+        self.model.generate(
+            **self._collate(rows), generation_config=config,
+            logits_processor=LogitsProcessorList([draw]), stopping_criteria=StoppingCriteriaList([over]),
+        )  # fmt: skip
