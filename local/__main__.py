@@ -12,12 +12,13 @@ import sys
 import textwrap
 import threading
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from aiohttp import ClientSession
 
-from local import Platform, WorkerFailed, running
+from local import Platform, Rules, WorkerFailed, running
 from local.platform import find_handler
 
 _READY_TIMEOUT = 3600.0
@@ -49,9 +50,9 @@ def serve(arguments: argparse.Namespace, handler: Path) -> int:
 def run(arguments: argparse.Namespace, handler: Path) -> int:
     """Send test_input.json through the worker and print the answer; 0 when the job is COMPLETED."""
     body = json.loads(_test_input(handler).read_text())
-    with _start(arguments, handler) as platform:
+    with _start(arguments, handler, Rules(wait=600, wait_range=(1, 600))) as platform:
         begin = time.monotonic()
-        answer = platform.call(_post(f"{platform.endpoint_url}/runsync?wait=300000", body))
+        answer = platform.call(_post(f"{platform.endpoint_url}/runsync", body))
         milliseconds = 1000 * (time.monotonic() - begin)
         print(json.dumps(_shorten(answer), indent=2, ensure_ascii=False))
         (worker,) = platform.workers
@@ -61,12 +62,15 @@ def run(arguments: argparse.Namespace, handler: Path) -> int:
     return 0 if answer.get("status") == "COMPLETED" else 1
 
 
-def _start(arguments: argparse.Namespace, handler: Path) -> Any:
+def _start(
+    arguments: argparse.Namespace, handler: Path, rules: Rules | None = None
+) -> AbstractContextManager[Platform]:
     print(f"Starting {handler.parent.name}/{handler.name} ...", file=sys.stderr, flush=True)
     return running(
         handler,
         workers=arguments.workers,
         env=dict(arguments.env),
+        rules=rules,
         port=arguments.port,
         ready_timeout=_READY_TIMEOUT,
         echo=arguments.verbose,

@@ -81,12 +81,14 @@ class Platform:
 
     async def stop(self) -> None:
         """End the workers, SIGTERM first and SIGKILL after `rules.grace`, then the server."""
-        await self._fleet.stop()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._session.close()
-        await self._runner.cleanup()
+        try:
+            await self._fleet.stop()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self._session.close()
+            await self._runner.cleanup()
 
     async def add_worker(
         self, command: Sequence[str], *, cwd: Path, env: Mapping[str, str] | None = None
@@ -111,7 +113,12 @@ class Platform:
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """The result of `coroutine`, run on the platform's loop; for other threads, as under `running`."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
 
     async def _tick(self) -> None:
         while True:

@@ -46,7 +46,7 @@ class Rules:
     retries: int = 1
     """How often a job that its worker lost is run again before it fails (observed)."""
     ping_interval: float = 10.0
-    """Whole seconds, at least 1: the SDK knows no other."""
+    """Whole seconds: the SDK drops the rest."""
     missed_pings: int = 4
     """A job that its worker's pings have not named for so many intervals is lost (observed)."""
     queue_per_worker: int = 500
@@ -61,6 +61,10 @@ class Rules:
     """Pause before the first of these, doubled for each further one."""
     grace: float = 30.0
     """From SIGTERM to SIGKILL."""
+
+    def __post_init__(self) -> None:
+        if self.ping_interval < 1 or self.ping_interval % 1:
+            raise ValueError("ping_interval must be whole seconds, at least 1")
 
 
 class State(StrEnum):
@@ -158,10 +162,10 @@ class Queue:
         """
         if not isinstance(body, dict) or "input" not in body:
             raise Refused('the body must be a JSON object with the key "input"')
-        policy, webhook = body.get("policy") or {}, body.get("webhook") or "http://"
+        policy, webhook = body.get("policy") or {}, body.get("webhook")
         if not isinstance(policy, dict):
             raise Refused("policy must be an object")
-        if not isinstance(webhook, str) or not webhook.startswith(("http://", "https://")):
+        if webhook and not (isinstance(webhook, str) and webhook.startswith(("http://", "https://"))):
             raise Refused("webhook must be an http(s) URL")
         rules = self.rules
         timeout = _seconds(policy, "executionTimeout", rules.execution_timeout, rules.execution_timeout_range)

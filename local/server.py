@@ -34,7 +34,7 @@ def make_app(queue: Queue, fleet: Fleet, *, endpoint_id: str, require_key: bool)
         return checked
 
     workers, clients = WorkerSide(queue, fleet), ClientSide(queue, fleet)
-    app = web.Application(middlewares=[_answer_refused], client_max_size=0)
+    app = web.Application(middlewares=[_answer_refused])
     routes: dict[str, Handler] = {
         "GET /job-take/{worker}": workers.take,
         "GET /job-take-batch/{worker}": workers.take_batch,

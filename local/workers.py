@@ -272,18 +272,19 @@ class Fleet:
             await worker.ended()
             self.queue.leave(worker.id)
             self.changed()
-            if not worker.wanted:
-                self.workers.remove(worker)
-                return
             if worker.returncode == 0 and worker.ready_after is not None:
                 failures = 0
             else:
                 failures = 1 if worker.jobs_done else failures + 1
+            if worker.wanted and failures:
                 if failures > self.rules.restarts:
                     return
                 with contextlib.suppress(TimeoutError):
                     delay = self.rules.restart_delay * 2 ** (failures - 1)
                     await asyncio.wait_for(self._stop.wait(), delay)
+            if not worker.wanted:
+                self.workers.remove(worker)
+                return
             successor = WorkerProcess(self, worker.command, worker.cwd, worker.env)
             await successor.start(self._environment(successor.id))
             self.workers[self.workers.index(worker)] = worker = successor

@@ -111,6 +111,12 @@ def test_an_empty_input_is_left_out_as_on_runpod(queue: Queue) -> None:
     assert "input" not in take(queue)[0].work
 
 
+@pytest.mark.parametrize("seconds", [0, 0.5, 1.5])
+def test_the_ping_interval_must_be_one_the_sdk_can_keep(seconds: float) -> None:
+    with pytest.raises(ValueError, match="ping_interval"):
+        Rules(ping_interval=seconds)
+
+
 def test_a_full_queue_refuses(clock: Clock) -> None:
     queue = Queue(Rules(queue_per_worker=60), clock=clock)
     for _ in range(61):
