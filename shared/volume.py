@@ -201,8 +201,8 @@ def _candidates(wish: _Wish) -> Iterator[tuple[Source, Path]]:
         yield from (("host-cache", model / name) for name in dict.fromkeys(names) if (model / name).is_dir())
     for source, hub in caches:
         for repo in _named(hub, wish.repo):
-            # RunPod's own cache has the address of ours: its names may be lower-case, or it is read-only.
-            ours = repo.name == wish.repo and os.access(repo, os.W_OK)
+            # RunPod's own cache has the address of ours. Its names may be lower-case, and it is read-only.
+            ours = repo.name == wish.repo and (os.access(repo, os.W_OK) or (repo / "files").is_dir())
             yield from ((source if ours else "host-cache", folder) for folder in _snapshots(repo, wish))
 
 
@@ -363,11 +363,11 @@ def _with_retries(
         try:
             return call()
         except Exception as error:
-            # Xet, huggingface_hub's other transport, says in words that a disk is full.
-            if re.search("No space left|quota exceeded", str(error), re.IGNORECASE):
-                raise OSError(errno.ENOSPC, "full while downloading") from error
             if isinstance(error, OSError) and error.errno in (*_FULL, *_READ_ONLY):
                 raise
+            # Xet, huggingface_hub's other transport, says in words that a disk is full.
+            if re.search("No space left|quota exceeded", str(error), re.IGNORECASE):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             if refusal := _refusal(error, wish):
                 raise refusal from None
             if (left := left_to_do()) < least:
