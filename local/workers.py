@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -69,8 +70,9 @@ class WorkerProcess:
         return list(self._lines)
 
     def tail(self) -> str:
-        """The last few lines, to be shown in an error."""
-        return "\n".join(f"  {line}" for line in self.lines[-20:]) or "  (it wrote nothing)"
+        """The end of its log, to be shown in an error."""
+        lines = "\n".join(map(_readable, self.lines[-20:])).splitlines()
+        return "\n".join(f"  {line}" for line in lines[-20:]) or "  (it wrote nothing)"
 
     @property
     def state(self) -> str:
@@ -176,7 +178,15 @@ class WorkerProcess:
         if match := _PHASE.search(line):
             self.phases[match[1]] = float(match[2])
         if self._fleet.echo:
-            print(f"[{self.id[:4]}] {line}", file=sys.stderr, flush=True)
+            print(f"[{self.id[:4]}] {_readable(line)}", file=sys.stderr, flush=True)
+
+
+def _readable(line: str) -> str:
+    """The message of a line in the SDK's JSON; any other line as it is."""
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        entry = json.loads(line)
+        return f"{entry['level']:<7} {entry['message']}"
+    return line
 
 
 class _Log(asyncio.Protocol):
