@@ -215,11 +215,12 @@ class Encoder:
     ) -> list[Text]:
         """`inputs` (texts, or arrays of the model's token ids) for the engine, with `prompt` before each.
 
-        Raises JobError for a token id that the model does not have, and for a text that is too long when
-        `truncate` is false.
+        Raises JobError for a token id that the model does not have, for what is no Unicode, and for a text
+        that is too long when `truncate` is false.
         """
         if inputs and isinstance(inputs[0], str):
             prompted = [prompt + text for text in inputs]  # type: ignore[operator]
+            check_unicode(prompted, param)
             bodies = self._ids(prompted)
         else:
             start = self._ids([prompt])[0] if prompt else []
@@ -334,6 +335,20 @@ class Encoder:
             with torch.inference_mode():
                 rows = self.model(features)["sentence_embedding"]
         return list(rows.float().cpu().numpy())
+
+
+def check_unicode(texts: Sequence[str], param: str) -> None:
+    """Raises JobError for half of a surrogate pair, which JSON can hold and no tokenizer takes."""
+    for number, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            where = f"{param}.{number}" if len(texts) > 1 else param
+            raise JobError(
+                f"{where}: half of a surrogate pair, which is no Unicode. Send whole characters.",
+                param=where,
+                code="invalid_value",
+            ) from None
 
 
 def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

@@ -42,6 +42,7 @@ from shared.embeddings import (
     answer,
     answer_openai,
     batch_tokens,
+    check_unicode,
     load_encoder,
     padded,
     plain_ids,
@@ -247,7 +248,10 @@ class Reranker:
         )
 
     def tokenize(self, query: str, documents: Sequence[str], *, truncate: bool) -> list[Pair]:
-        """Raises JobError for a query that leaves no room, and without `truncate` for a long document."""
+        """Raises JobError for what is no Unicode, a query that leaves no room, and a long document where
+        `truncate` is false.
+        """
+        check_unicode(documents, "documents")
         start = [*self._before, *plain_ids(self.tokenizer, [query])[0], *self._between]
         room = self.max_tokens - len(start) - len(self._after)
         if room < 1:
