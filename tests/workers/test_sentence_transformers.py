@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import runpod
+from openai import OpenAI
 
+from local import Platform, running
 from shared import jobs
 from shared.embeddings import Encoder, shape, shortest, written
 from shared.errors import JobError
-from tools.models import minilm
+from tools.models import local_env, minilm
 from tools.workers import load_handler
 
 pytestmark = pytest.mark.engine
@@ -350,3 +356,70 @@ def test_what_is_not_finite_stays_so_for_the_boundary_to_refuse() -> None:
     assert written(rows, "float")[0][2] == 1.0
     with pytest.raises(JobError, match="not finite"):
         jobs.plain({"embeddings": written(rows, "float")})
+
+
+# ---- under the local platform, with the unmodified SDK -------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def platform() -> Iterator[Platform]:
+    with running("sentence-transformers", env=local_env("sentence-transformers")) as platform:
+        yield platform
+
+
+def test_the_openai_client_gets_what_the_runpod_client_gets(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runpod, "endpoint_url_base", platform.base_url)
+    monkeypatch.setattr(runpod, "api_key", "local")
+    native = runpod.Endpoint("local").run_sync({"input": {"texts": MIXED}}, timeout=60)
+    client = OpenAI(base_url=platform.openai_url, api_key="local")
+    assert [model.id for model in client.models.list()] == ["all-MiniLM-L6-v2"]
+    for encoding in ({}, {"encoding_format": "float"}, {"encoding_format": "base64"}):
+        reply = client.embeddings.create(model="all-MiniLM-L6-v2", input=MIXED, **encoding)
+        rows = [row.embedding for row in reply.data]
+        if encoding == {"encoding_format": "base64"}:
+            rows = [np.frombuffer(base64.b64decode(row), "<f4") for row in rows]
+        np.testing.assert_allclose(rows, native["embeddings"], atol=1e-6)
+    assert (
+        len(client.embeddings.create(model="all-MiniLM-L6-v2", input="a", dimensions=8).data[0].embedding)
+        == 8
+    )
+
+
+def test_an_error_reaches_the_client_in_openais_shape(platform: Platform) -> None:
+    client = OpenAI(base_url=platform.openai_url, api_key="local", max_retries=0)
+    reply = client.embeddings.with_raw_response.create(model="gpt-4", input="a")
+    problem = reply.http_response.json()["error"]
+    assert problem == {
+        "type": "invalid_request_error",
+        "message": "model: 'gpt-4' is not served here. Use 'all-MiniLM-L6-v2'.",
+        "param": "model",
+        "code": "model_not_found",
+    }
+
+
+def test_the_cold_start_is_told_by_phase(platform: Platform) -> None:
+    worker = platform.workers[0]
+    assert list(worker.phases) == ["resolve", "import", "load", "prewarm", "ready"]
+    assert worker.phases["ready"] >= sum(worker.phases[name] for name in ("resolve", "import", "load"))
+    assert any("versions worker=sentence-transformers" in line for line in worker.lines)
+
+
+def test_make_run_shows_it_and_ends_well() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "tools.demo"], capture_output=True, text=True, timeout=150, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+    for part in ("Cold start", "384 dimensions", "1.00", "by the openai client", "It works."):
+        assert part in shown.stdout
+
+
+def test_a_model_that_does_not_exist_is_told_to_every_job() -> None:
+    with running("sentence-transformers", env={"MODEL_NAME": "/no/such/folder"}) as platform:
+        client = OpenAI(base_url=platform.openai_url, api_key="local", max_retries=0)
+        for _ in range(2):
+            problem = client.models.with_raw_response.list().http_response.json()["error"]
+            assert problem["code"] == "model_not_found"
+            assert "/no/such/folder" in problem["message"]
+        assert len(platform.workers) == 1, "no crash loop"
