@@ -57,6 +57,8 @@ variable "SOURCE_DATE_EPOCH" {
 # ---- The workers: a line for each folder under workers/; tests/unit/test_house.py holds them together ----
 
 WORKERS = {
+  bge                   = { base = "python", about = "Embeddings for retrieval (BGE, E5, GTE, Qwen3) and reranking" }
+  florence2             = { base = "python", about = "Florence-2: captions, text, boxes and polygons of a picture" }
   sentence-transformers = { base = "python", about = "Text embeddings with sentence-transformers" }
 }
 

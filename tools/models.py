@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from tools import tiny_retrieval
+from tools import tiny_florence2, tiny_retrieval
 from tools.workers import ROOT
 
 # model.safetensors of sentence-transformers/all-MiniLM-L6-v2, as its own repository publishes it. The PyPI
@@ -54,6 +54,10 @@ _LOCAL: dict[str, Callable[[], dict[str, str]]] = {
     "bge": lambda: {
         "MODEL_NAME": str(made("bge", tiny_retrieval.tiny_bge)),
         "SERVED_MODEL_NAME": "tiny-random/bge-small-en",
+    },
+    "florence2": lambda: {
+        "MODEL_NAME": str(made("florence2", tiny_florence2.make)),
+        "SERVED_MODEL_NAME": "tiny/Florence-2",
     },
     "sentence-transformers": lambda: {"MODEL_NAME": str(minilm()), "SERVED_MODEL_NAME": "all-MiniLM-L6-v2"},
 }
