@@ -97,7 +97,7 @@ def test_of_one_alphabet_only_a_lone_last_character_is_refused(standard, url_saf
     ],
 )
 def test_refused(text):
-    with pytest.raises(JobError, match="^x: not valid base64"):
+    with pytest.raises(JobError, match=r"^x: not valid base64"):
         decode_base64(text, param="x")
 
 
