@@ -81,6 +81,15 @@ def test_families_are_known_by_the_models_name(name: str, pooling: str, query: s
     assert (family.pooling, family.query, family.document) == (pooling, query, document)
 
 
+def test_the_readme_has_each_familys_prompts() -> None:
+    page = Path(worker.__file__).with_name("README.md").read_text()
+    for family in worker.FAMILIES:
+        for prompt in (family.query, family.document):
+            shown = prompt.replace(WEB_SEARCH, "Instruct: <web search>\\nQuery:")
+            assert f"`{shown}`" in page or not prompt
+    assert WEB_SEARCH.removeprefix("Instruct: ").removesuffix("\nQuery:") in page
+
+
 @pytest.mark.parametrize("name", ["sentence-transformers/all-MiniLM-L6-v2", "BAAI/bge-en-icl", "me/mine"])
 def test_other_models_have_no_family(name: str) -> None:
     assert worker.find_family(None, name) is None
