@@ -119,13 +119,10 @@ def model_table(model: type[BaseModel], first: str, *, upper: bool = False) -> s
 
 def workers_table(root: Path = ROOT) -> str:
     rows = []
-    about = bake_table(root)
-    for name in worker_names(root):
-        if name not in about:
-            raise SystemExit(f"docker-bake.hcl has no line for {name}")
+    for name, row in sorted(bake_table(root).items()):
         default = load_handler(name, root).Settings.model_fields["model_name"].default
         model = f"`{default}`" if isinstance(default, str) else "set `MODEL_NAME`"
-        rows.append([f"[{name}](workers/{name}/README.md)", about[name]["about"], model])
+        rows.append([f"[{name}](workers/{name}/README.md)", row["about"], model])
     return markdown(["Worker", "What it does", "Default model"], rows)
 
 
@@ -151,9 +148,9 @@ def render(text: str, module: ModuleType | None, root: Path = ROOT) -> str:
 def stale(root: Path = ROOT, *, write: bool = False) -> list[str]:
     """The READMEs whose tables are not what the code says; with `write`, mended."""
     pages: list[tuple[Path, ModuleType | None]] = [(root / "README.md", None)]
-    pages += [
-        (root / "workers" / name / "README.md", load_handler(name, root)) for name in worker_names(root)
-    ]
+    for name in worker_names(root):
+        if (page := root / "workers" / name / "README.md").exists():
+            pages.append((page, load_handler(name, root)))
     found = []
     for page, module in pages:
         text = page.read_text()

@@ -80,8 +80,7 @@ def lock_torch(*, root: Path = ROOT, output: Path | None = None, upgrade: bool =
 
 
 def lock_dev(*, root: Path = ROOT, output: Path | None = None, upgrade: bool = False) -> None:
-    inputs = [Path("requirements-dev.in")]
-    inputs += [Path("workers", name, "requirements.in") for name in worker_names(root)]
+    inputs = [Path("requirements-dev.in"), *(folder / "requirements.in" for folder in lock_folders(root))]
     cuda = [name for name in pins(root / TORCH_LOCK) if CUDA_ONLY.fullmatch(name)]
     compile_lock(
         inputs, DEV_LOCK, root=root, output=output, constraints=[TORCH_LOCK], leave_out=cuda, upgrade=upgrade
@@ -89,8 +88,9 @@ def lock_dev(*, root: Path = ROOT, output: Path | None = None, upgrade: bool = F
 
 
 def lock_folders(root: Path = ROOT) -> list[Path]:
-    """Where workers' locks lie: workers/<name>, and the scaffold's own folder."""
-    return [*(Path("workers", name) for name in worker_names(root)), Path("tools/template")]
+    """Where requirements.in and its lock lie: workers/<name>, and the scaffold's own folder."""
+    folders = [*(Path("workers", name) for name in worker_names(root)), Path("tools/template")]
+    return [folder for folder in folders if (root / folder / "requirements.in").exists()]
 
 
 def lock_worker(folder: Path, *, root: Path = ROOT, output: Path | None = None) -> None:
