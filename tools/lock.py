@@ -28,6 +28,11 @@ DEV_LOCK = Path("requirements-dev.txt")
 # What only a CUDA build of torch brings along: a development machine may have a CPU build.
 CUDA_ONLY = re.compile(r"torch|triton|nvidia-.*|cuda-.*")
 
+COMPILE = ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11", "--generate-hashes"]
+COMPILE += ["--fork-strategy", "fewest", "--no-annotate", "--custom-compile-command", "make lock"]
+# Where a package came from is the business of each machine, not of the lock.
+COMPILE += ["--no-emit-index-url", "--no-emit-find-links"]
+
 
 def pins(lock: Path) -> dict[str, str]:
     """Package names and versions of a lock file, hashes and markers left out."""
@@ -53,16 +58,7 @@ def compile_lock(
 
     Raises SystemExit with uv's own explanation when the requirements cannot be met.
     """
-    command = ["uv", "pip", "compile", *map(str, inputs), "--output-file", str(output or lock)]
-    command += ["--universal", "--python-version", "3.11", "--fork-strategy", "fewest", "--generate-hashes"]
-    # Where a package came from is the business of each machine, not of the lock.
-    command += [
-        "--no-emit-index-url",
-        "--no-emit-find-links",
-        "--custom-compile-command",
-        "make lock",
-        "--quiet",
-    ]
+    command = [*COMPILE, *map(str, inputs), "--output-file", str(output or lock)]
     for constraint in constraints:
         command += ["--constraint", str(constraint)]
     for name in leave_out:
