@@ -56,7 +56,7 @@ class Rules:
     poll: float = 30.0
     """How long a worker's request for jobs or stop signals is held open."""
     restarts: int = 3
-    """How often in a row a worker is started again that ended without having finished a job."""
+    """How often in a row a worker is started again that ended without having taken a job."""
     restart_delay: float = 1.0
     """Pause before the first of these, doubled for each further one."""
     grace: float = 30.0

@@ -101,7 +101,9 @@ class WorkerSide:
             raise
         finally:
             self._queue.withdraw(worker.id, deliver)
-        return [job.work for job in answer.result()] if answer.done() else []
+        jobs = answer.result() if answer.done() else []
+        worker.jobs_taken += len(jobs)
+        return [job.work for job in jobs]
 
     async def stop(self, request: web.Request) -> web.StreamResponse:
         worker = self._worker(request)
@@ -138,10 +140,8 @@ class WorkerSide:
             self._queue.report(worker.id, name, {})
             raise
         self._queue.report(worker.id, name, report)
-        if report.get("status") != State.IN_PROGRESS:
-            worker.jobs_done += 1
-            if worker.wanted and (worker.leaving or report.get("stopPod")):
-                worker.refresh()
+        if worker.wanted and (worker.leaving or report.get("stopPod")):
+            worker.refresh()
         return web.Response()
 
     def _worker(self, request: web.Request) -> WorkerProcess:

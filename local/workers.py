@@ -41,7 +41,7 @@ class WorkerProcess:
         self.phases: dict[str, float] = {}
         self.ready_after: float | None = None
         self.returncode: int | None = None
-        self.jobs_done = 0
+        self.jobs_taken = 0
         self.leaving = False  # Gets no more jobs: it was told to terminate, or asks to be refreshed.
         self.wanted = True  # A new one takes its place when it ends.
         self.silent = False  # Its pings have stopped.
@@ -285,7 +285,7 @@ class Fleet:
             if worker.returncode == 0 and worker.ready_after is not None:
                 failures = 0
             else:
-                failures = 1 if worker.jobs_done else failures + 1
+                failures = 1 if worker.jobs_taken else failures + 1
             if worker.wanted and failures:
                 if failures > self.rules.restarts:
                     return
