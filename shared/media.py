@@ -151,10 +151,14 @@ def load_audio(
     import numpy as np
     import soundfile
 
-    try:
-        samples = _read_sound(data, rate, param, max_seconds)
-    except soundfile.LibsndfileError:
-        samples = _read_with_ffmpeg(data, rate, param, max_seconds)
+    # A file in memory: ffmpeg must seek in an mp4, and libsndfile stumbles over Python's own seeks.
+    with os.fdopen(os.memfd_create("audio"), "wb") as file:
+        file.write(data)
+        file.seek(0)
+        try:
+            samples = _read_sound(file.fileno(), rate, param, max_seconds)
+        except soundfile.LibsndfileError:
+            samples = _read_with_ffmpeg(file.fileno(), rate, param, max_seconds)
     if not samples.size or not np.isfinite(samples).all():
         cause = "samples that are no numbers" if samples.size else "no sound that this worker reads"
         raise _refused(param, f"{cause}; send WAV, FLAC, MP3, OGG or Opus", "bad_audio")
@@ -233,12 +237,12 @@ def _fetch(url: str, param: str, max_bytes: int, patience_s: float, abandoned: t
     raise _refused(param, f"the download failed: {cause}", "download_failed")
 
 
-def _read_sound(data: bytes, rate: int, param: str, max_seconds: float) -> NDArray[np.float32]:
+def _read_sound(fd: int, rate: int, param: str, max_seconds: float) -> NDArray[np.float32]:
     import numpy as np
     import soundfile
     import soxr
 
-    with soundfile.SoundFile(io.BytesIO(data)) as sound:
+    with soundfile.SoundFile(fd, closefd=False) as sound:
         if not 1_000 <= sound.samplerate <= 1_000_000:
             raise _refused(param, f"a sample rate of {sound.samplerate} Hz", "bad_audio")
         limit = int(max_seconds * sound.samplerate)
@@ -256,23 +260,20 @@ def _read_sound(data: bytes, rate: int, param: str, max_seconds: float) -> NDArr
     return np.concatenate(pieces)
 
 
-def _read_with_ffmpeg(data: bytes, rate: int, param: str, max_seconds: float) -> NDArray[np.float32]:
+def _read_with_ffmpeg(fd: int, rate: int, param: str, max_seconds: float) -> NDArray[np.float32]:
     """No samples where ffmpeg is missing or cannot read it.
 
-    The input is a file in memory, since mp4 must be seekable. ffmpeg needs its `file` protocol to open that,
-    so what keeps a client's playlist from naming other files is the list of formats: none refers to others.
+    ffmpeg needs its `file` protocol to open /dev/fd, so what keeps a client's playlist from naming other
+    files is the list of formats: none of them refers to others.
     """
     import numpy as np
 
     limit = int(max_seconds * rate) * 4
     output = b""
     if ffmpeg := shutil.which("ffmpeg"):
-        with os.fdopen(os.memfd_create("audio"), "wb") as file, suppress(subprocess.SubprocessError):
-            file.write(data)
-            file.flush()
-            fd = file.fileno()
-            argv = f"-v quiet -protocol_whitelist file -format_whitelist {_FFMPEG_FORMATS} -i /dev/fd/{fd}"
-            argv += f" -map 0:a:0 -ac 1 -ar {rate} -f f32le -fs {limit + 4} pipe:1"
+        argv = f"-v quiet -protocol_whitelist file -format_whitelist {_FFMPEG_FORMATS} -i /dev/fd/{fd}"
+        argv += f" -map 0:a:0 -ac 1 -ar {rate} -f f32le -fs {limit + 4} pipe:1"
+        with suppress(subprocess.SubprocessError):
             output = subprocess.check_output(
                 [ffmpeg, *argv.split()], stdin=subprocess.DEVNULL, pass_fds=[fd], timeout=_FFMPEG_TIMEOUT_S
             )
