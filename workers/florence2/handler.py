@@ -391,7 +391,10 @@ def load(settings: Settings) -> Engine:
         try:
             processor = Florence2Processor.from_pretrained(found.path, local_files_only=True)
         except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise StartError(f"{name} comes with no whole processor: {error}", code="incomplete") from error
+            cause = str(error).strip().partition("\n")[0]
+            raise StartError(f"{name} comes without a whole processor: {cause}", code="incomplete") from error
+        if "<loc_999>" not in processor.tokenizer.get_vocab():
+            raise StartError(f"{name} comes without Florence-2's vocabulary.", code="incomplete")
         model, report = Florence2ForConditionalGeneration.from_pretrained(
             found.path, dtype=dtype, local_files_only=True, output_loading_info=True
         )
