@@ -26,7 +26,7 @@ import random
 import threading
 import traceback
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
@@ -363,7 +363,7 @@ class Generator:
 
     async def stream(
         self, inputs: Mapping[str, Any], sampling: Sampling, *, each: bool = True
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece]:
         """The answer to a prompt, in pieces. Close it (`contextlib.aclosing`) to give its place up at once.
 
         inputs: what the tokenizer or processor made of one prompt, as tensors with a first dimension of one.

@@ -1,7 +1,7 @@
 """A LLaVA that the project makes itself, in seconds: the real classes and file formats, 300 kilobytes.
 
 It has learnt an answer to each of a few colours (`ANSWERS`), so that tests can tell whose picture an answer
-is about. With `fit=False` its weights stay random, and it talks nonsense without an end.
+is about, and to go on for ever when told so (`ENDLESS`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ ANSWERS = {
     "white": "snow",
 }
 QUESTIONS = ("What is this?", "Describe this image.")
+ENDLESS = "Go on."  # this question's answer has no end
 
 # The form of llava-hf/llava-1.5-7b-hf's.
 CHAT_TEMPLATE = (
@@ -30,7 +31,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def make(folder: Path, *, fit: bool = True, hidden: int = 32, layers: int = 2, length: int = 4096) -> Path:
+def make(folder: Path, *, hidden: int = 32, layers: int = 2, length: int = 4096) -> Path:
     """Write the model and its processor into `folder`, which is made.
 
     hidden, layers: the size of the language model. length: the most tokens of a prompt and its answer.
@@ -59,8 +60,7 @@ def make(folder: Path, *, fit: bool = True, hidden: int = 32, layers: int = 2, l
     )  # fmt: skip
     for name, value in special.items():
         setattr(model.generation_config, name, value)
-    if fit:
-        _fit(model, processor)
+    _fit(model, processor)
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -93,21 +93,22 @@ def _processor(*, size: int, patch: int) -> Any:
 
 
 def _fit(model: Any, processor: Any) -> None:
-    """Train until each colour's answer is certain: about a second."""
+    """Train until the answers are certain: some seconds."""
     import torch
     from PIL import Image
 
     tokenizer = processor.tokenizer
+    lines = [(question, colour, f" {ANSWERS[colour]}") for question in QUESTIONS for colour in ANSWERS]
+    lines += [(ENDLESS, "red", " on and" * 8)]
     rows, pixels = [], []
-    for question in QUESTIONS:
-        for colour, answer in ANSWERS.items():
-            talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-            prompt = processor.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
-            picture = Image.new("RGB", (64, 64), colour)
-            read = processor(text=prompt, images=picture, return_tensors="pt")
-            wanted = tokenizer(" " + answer, add_special_tokens=False)["input_ids"]
-            rows.append((read["input_ids"][0].tolist(), [*wanted, tokenizer.eos_token_id]))
-            pixels.append(read["pixel_values"])
+    for question, colour, answer in lines:
+        talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        prompt = processor.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+        read = processor(text=prompt, images=Image.new("RGB", (64, 64), colour), return_tensors="pt")
+        wanted = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        end = [] if question == ENDLESS else [tokenizer.eos_token_id]
+        rows.append((read["input_ids"][0].tolist(), wanted + end))
+        pixels.append(read["pixel_values"])
     width = max(len(prompt) + len(answer) for prompt, answer in rows)
     empty = [width - len(prompt) - len(answer) for prompt, answer in rows]
     ids = torch.tensor(
@@ -115,6 +116,8 @@ def _fit(model: Any, processor: Any) -> None:
     )
     wanted = torch.tensor([[-100] * (width - len(answer)) + answer for _, answer in rows])
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=0.01)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # such small tensors are faster so
     for _ in range(500):
         output = model(
             input_ids=ids, attention_mask=(ids != 3).long(), pixel_values=torch.cat(pixels), labels=wanted
@@ -124,3 +127,4 @@ def _fit(model: Any, processor: Any) -> None:
         optimizer.step()
         if output.loss.item() < 0.01:
             break
+    torch.set_num_threads(threads)

@@ -1,0 +1,326 @@
+"""Generation across jobs on a tiny random Llama: each answer is what it would be alone."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Iterator
+from contextlib import aclosing
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from shared.errors import JobError
+from shared.generation import Generator, Piece, Sampling, choose, joins
+
+pytestmark = pytest.mark.engine
+
+END = 0
+
+
+class Letters:
+    """A tokenizer as far as the engine needs one: token 65 is the letter A."""
+
+    eos_token_id = END
+    pad_token_id = None
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        return "".join(chr(token) for token in ids)
+
+
+def tiny_llama(**changes: Any) -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.3,
+        bos_token_id=1, eos_token_id=END, pad_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.generation_config.update(**changes)
+    return model
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors this small are much slower on two threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_llama()
+
+
+@pytest.fixture
+def engine(model: Any) -> Iterator[Generator]:
+    engine = Generator(model, Letters())  # type: ignore[arg-type]
+    yield engine
+    engine.close()
+
+
+def prompt(*ids: int, **more: Any) -> dict[str, Any]:
+    import torch
+
+    return {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+        **more,
+    }
+
+
+async def ask(
+    engine: Generator, inputs: dict[str, Any], sampling: Sampling, *, each: bool = True, after: float = 0
+) -> Piece:
+    """The whole answer as one piece."""
+    await asyncio.sleep(after)
+    text, piece = "", Piece("", 0)
+    async with aclosing(engine.stream(inputs, sampling, each=each)) as pieces:
+        async for piece in pieces:
+            assert piece.text or piece.finish_reason
+            text += piece.text
+    assert piece.finish_reason
+    return Piece(text, piece.tokens, piece.finish_reason)
+
+
+def mixed(number: int) -> list[tuple[dict[str, Any], Sampling]]:
+    """Prompts and settings of all kinds."""
+    draw = random.Random(7)
+    asked = []
+    for seed in range(number):
+        ids = [draw.randrange(2, 128) for _ in range(draw.randrange(1, 60))]
+        sampling = Sampling(
+            max_tokens=draw.randrange(1, 50),
+            temperature=draw.choice([0, 0, 0.7, 1.5]),
+            top_p=draw.choice([1.0, 0.8]),
+            seed=seed,
+            stop=draw.choice([(), (), ("A", "bc")]),
+        )
+        asked.append((prompt(*ids), sampling))
+    return asked
+
+
+def by_generate(model: Any, inputs: dict[str, Any], max_tokens: int, **settings: Any) -> Piece:
+    out = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, pad_token_id=END, **settings)
+    new = out[0, inputs["input_ids"].shape[1] :].tolist()
+    text = [token for token in new if token != END]
+    return Piece("".join(map(chr, text)), len(new), "stop" if END in new else "length")
+
+
+# ---- the same as alone ---------------------------------------------------------------------------------
+
+
+async def test_greedy_answers_are_those_of_generate(engine: Generator, model: Any) -> None:
+    asked = [(inputs, Sampling(40)) for inputs, _ in mixed(16)]
+    answers = await asyncio.gather(*(ask(engine, *each) for each in asked))
+    assert answers == [by_generate(model, inputs, 40) for inputs, _ in asked]
+    assert {"stop", "length"} == {answer.finish_reason for answer in answers}, "both ends are tested"
+
+
+@pytest.mark.parametrize("kind", ["joining", "together"])
+async def test_neighbours_change_nothing(kind: str, model: Any) -> None:
+    """Mixed settings, arriving in the middle of each other's answers, streamed and not."""
+    engine = Generator(model, Letters(), max_rows=8)  # type: ignore[arg-type]
+    engine._joins = kind == "joining"
+    asked = mixed(24)
+    alone = [await ask(engine, *each) for each in asked]
+    for each in (True, False):
+        starts = [0.0] * 6 + [number * 0.004 for number in range(18)]
+        beside = await asyncio.gather(
+            *(ask(engine, *one, each=each, after=start) for one, start in zip(asked, starts, strict=True))
+        )
+        assert beside == alone
+    engine.close()
+
+
+async def test_penalties_of_the_checkpoint_hold() -> None:
+    """A checkpoint whose generation config looks back over the text goes through generate itself."""
+    model = tiny_llama(repetition_penalty=1.3)
+    assert joins(tiny_llama(temperature=0.2, top_k=5, do_sample=True))
+    assert not joins(model)
+    engine = Generator(model, Letters())  # type: ignore[arg-type]
+    asked = [inputs for inputs, _ in mixed(6)]
+    answers = await asyncio.gather(*(ask(engine, inputs, Sampling(30)) for inputs in asked))
+    assert answers == [by_generate(model, inputs, 30) for inputs in asked]
+    engine.close()
+
+
+async def test_sampling_is_seeded(engine: Generator) -> None:
+    inputs = prompt(5, 6, 7)
+
+    async def answer(**settings: Any) -> str:
+        return (await ask(engine, inputs, Sampling(30, **settings))).text
+
+    greedy = await answer()
+    assert await answer(temperature=1.0, seed=1) == await answer(temperature=1.0, seed=1) != greedy
+    assert await answer(temperature=1.0, seed=1) != await answer(temperature=1.0, seed=2)
+    assert await answer(temperature=1.0) != await answer(temperature=1.0), "without a seed each is its own"
+    assert await answer(temperature=1.0, top_p=1e-6, seed=1) == greedy
+
+
+def test_choices_follow_the_distribution() -> None:
+    import torch
+
+    draws = 4000
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).repeat(draws, 1)
+    for top_p, expected in ((1.0, [0.5, 0.3, 0.15, 0.05]), (0.7, [0.625, 0.375, 0, 0]), (0.5, [1, 0, 0, 0])):
+        row = SimpleNamespace(sampling=Sampling(1, 1.0, top_p), random=random.Random(0), over=False)
+        counts = torch.bincount(torch.tensor(choose(logits, [row] * draws)), minlength=4) / draws  # type: ignore[list-item]
+        # Four standard deviations of the largest share.
+        assert torch.allclose(counts, torch.tensor(expected, dtype=torch.float), atol=0.032), counts
+
+
+async def test_logits_that_are_no_numbers_fail_their_own_answer(engine: Generator, model: Any) -> None:
+    import torch
+
+    poison = torch.nn.Parameter(model.model.embed_tokens.weight.clone(), requires_grad=False)
+    poison[99] = float("nan")
+    whole, model.model.embed_tokens.weight = model.model.embed_tokens.weight, poison
+    try:
+        bad, good = await asyncio.gather(
+            ask(engine, prompt(99, 5), Sampling(5)),
+            ask(engine, prompt(5, 6), Sampling(5)),
+            return_exceptions=True,
+        )
+    finally:
+        model.model.embed_tokens.weight = whole
+    assert isinstance(bad, JobError)
+    assert bad.code == "not_finite"
+    assert isinstance(good, Piece)
+
+
+# ---- rows come and go ----------------------------------------------------------------------------------
+
+
+async def test_a_newcomer_does_not_wait_for_the_others_ends(engine: Generator) -> None:
+    """Sampled at a high temperature the tiny model goes on for long; its end token is made impossible."""
+    engine._ends = frozenset()
+    first = asyncio.create_task(ask(engine, prompt(3), Sampling(1500, 1.0, seed=1)))
+    await asyncio.sleep(0.1)
+    await ask(engine, prompt(4, 5), Sampling(5))
+    assert not first.done()
+    first.cancel()
+
+
+async def test_leaving_frees_the_place(model: Any) -> None:
+    """In the middle of an answer, and while waiting for one: within a second."""
+    engine = Generator(model, Letters(), max_rows=1)  # type: ignore[arg-type]
+    engine._ends = frozenset()
+    running = asyncio.create_task(ask(engine, prompt(3), Sampling(100_000, 1.0)))
+    waiting = asyncio.create_task(ask(engine, prompt(4), Sampling(100_000, 1.0)))
+    await asyncio.sleep(0.1)
+    waiting.cancel()
+    running.cancel()
+    started = time.monotonic()
+    await ask(engine, prompt(5), Sampling(1))
+    assert time.monotonic() - started < 1
+    engine.close()
+
+
+@pytest.mark.parametrize("kind", ["joining", "together"])
+async def test_whoever_waits_is_served(kind: str, model: Any) -> None:
+    """Far more answers than places, prompts of other kinds among them, in a cache that is often full."""
+    engine = Generator(model, Letters(), max_rows=4, budget=300)  # type: ignore[arg-type]
+    engine._joins = kind == "joining"
+    asked = mixed(30)
+    alone = [await ask(engine, *each) for each in asked]
+    for number, (inputs, _) in enumerate(asked):
+        if kind == "joining" and number % 3 == 0:
+            inputs["ignored"] = [number]  # what is no tensor keeps its prompt alone
+    assert await asyncio.gather(*(ask(engine, *each) for each in asked)) == alone
+    engine.close()
+
+
+async def test_a_prompt_longer_than_the_budget_runs_alone(model: Any) -> None:
+    engine = Generator(model, Letters(), budget=16)  # type: ignore[arg-type]
+    answers = await asyncio.gather(*(ask(engine, prompt(*range(2, 60)), Sampling(5)) for _ in range(3)))
+    assert len(set(answers)) == 1
+    engine.close()
+
+
+# ---- failures ------------------------------------------------------------------------------------------
+
+
+async def test_a_prompt_that_breaks_the_model_fails_alone(engine: Generator) -> None:
+    asked = [prompt(5 + number, 6) for number in range(8)]
+    alone = [await ask(engine, inputs, Sampling(9)) for inputs in asked]
+    asked[3] = prompt(4000, 6)  # no such token
+    answers = await asyncio.gather(
+        *(ask(engine, inputs, Sampling(9)) for inputs in asked), return_exceptions=True
+    )
+    assert isinstance(answers[3], IndexError)
+    assert answers[:3] + answers[4:] == alone[:3] + alone[4:]
+
+
+@pytest.mark.parametrize("when", ["prompt", "step"])
+@pytest.mark.parametrize("kind", ["joining", "together"])
+async def test_answers_survive_that_memory_runs_out(
+    kind: str, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that has memory for three rows: the others wait, and go on from what they have."""
+    import torch
+
+    model = tiny_llama()
+    engine = Generator(model, Letters())  # type: ignore[arg-type]
+    engine._joins = kind == "joining"
+    asked = [(inputs, Sampling(20, 1.0, seed=seed)) for seed, (inputs, _) in enumerate(mixed(8))]
+    alone = [await ask(engine, *each) for each in asked]
+    whole, failures, calls = model.forward, 0, 0
+
+    def forward(input_ids: Any = None, **inputs: Any) -> Any:
+        nonlocal failures, calls
+        rows, width = input_ids.shape
+        calls += 1
+        if rows > 3 and (width > 1 if when == "prompt" else calls > 6):
+            failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(model, "forward", forward)
+    assert await asyncio.gather(*(ask(engine, *each) for each in asked)) == alone
+    assert failures
+    engine.close()
+
+
+async def test_a_lone_answer_without_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    model = tiny_llama()
+    engine = Generator(model, Letters())  # type: ignore[arg-type]
+    whole = model.forward
+
+    def forward(input_ids: Any = None, **inputs: Any) -> Any:
+        if input_ids.shape[1] == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(torch.OutOfMemoryError):
+        await ask(engine, prompt(5, 6), Sampling(5))
+    monkeypatch.undo()
+    assert await ask(engine, prompt(5, 6), Sampling(5)), "the engine goes on"
+    engine.close()
+
+
+# ---- limits --------------------------------------------------------------------------------------------
+
+
+def test_the_room_for_an_answer(engine: Generator) -> None:
+    assert engine.max_length == 2048
+    assert engine.fit(48, None, default=512, param="prompt") == 512
+    assert engine.fit(2000, None, default=512, param="prompt") == 48
+    assert engine.fit(48, 2000, default=512, param="prompt") == 2000
+    for sizes, numbers in (((2048, None), ("2048",)), ((2000, 49), ("2000", "2049", "2048", "48"))):
+        with pytest.raises(JobError) as caught:
+            engine.fit(*sizes, default=512, param="prompt")
+        assert caught.value.code == "too_long"
+        assert all(number in caught.value.message for number in numbers)
