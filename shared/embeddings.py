@@ -411,6 +411,8 @@ def shortest(values: np.ndarray) -> np.ndarray:
             fits = (rounded.astype(np.float32) == values) & ~found
             result[fits] = rounded[fits]
             found |= fits
+    inexact = (exponent < -14) | (exponent > 5)  # `scale` is no exact power of ten
+    result[inexact] = [float(str(value)) for value in values[inexact]]
     return result
 
 
