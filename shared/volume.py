@@ -173,7 +173,8 @@ def _find(wish: _Wish) -> ModelPath | None:
         raise StartError(f"MODEL_NAME={wish.name}: there is no such folder.", code="model_not_found")
     for source, folder in _candidates(wish):
         reason = flaw(folder, wish.extra)
-        if not reason and source in ("volume", "disk") and read_list(folder) is None:
+        unproven = source in ("volume", "disk") and read_list(folder) is None
+        if not reason and unproven and not _is_offline():
             with suppress(HubUnreachable, StartError, OSError):
                 write_list(folder, _ask_hub(wish, folder.name, waits=())[1])
                 reason = flaw(folder, wish.extra)
@@ -292,13 +293,13 @@ def _fetch(wish: _Wish, hub: Path) -> ModelPath:
     log.info("download model=%s revision=%s bytes=%d to=%s", wish.name, commit, need, hub)
     before, begin = set(_ls(blobs)), time.monotonic()
 
-    def say() -> None:
-        have = sum(blob.lstat().st_size for blob in _ls(blobs) if blob not in before)
-        log.info("downloaded %s of %s", _mb(have), _mb(need))
+    def got() -> int:
+        new = (blob for blob in _ls(blobs) if blob not in before)
+        return sum(blob.lstat().st_size for blob in new if blob.exists())
 
     try:
-        with every(SAY_S, say):
-            _with_retries(get, wish, RETRY_S, left_to_do=lambda: len(missing()))
+        with every(SAY_S, lambda: log.info("downloaded %s of %s", _mb(got()), _mb(need))):
+            _with_retries(get, wish, RETRY_S, progress=got)
     except OSError:
         for blob in set(_ls(blobs)) - before:
             blob.unlink(missing_ok=True)
@@ -347,7 +348,7 @@ def _ask_hub(wish: _Wish, revision: str | None, *, waits: Sequence[float]) -> tu
 
 
 def _with_retries(
-    call: Callable[[], T], wish: _Wish, waits: Sequence[float], left_to_do: Callable[[], int] = lambda: 0
+    call: Callable[[], T], wish: _Wish, waits: Sequence[float], progress: Callable[[], int] = lambda: 0
 ) -> T:
     """`call()`, again after each wait while it fails, and from the first wait on again when it got on.
 
@@ -358,7 +359,7 @@ def _with_retries(
     # the hub one question more.
     for feature in ("PROGRESS_BARS", "SHARED_BLOBS", "TELEMETRY"):
         _set_flag(f"HF_HUB_DISABLE_{feature}", True)
-    to_come, least = list(waits), left_to_do()
+    to_come, best = list(waits), progress()
     while True:
         try:
             return call()
@@ -370,8 +371,8 @@ def _with_retries(
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             if refusal := _refusal(error, wish):
                 raise refusal from None
-            if (left := left_to_do()) < least:
-                to_come, least = list(waits), left
+            if (now := progress()) > best:
+                to_come, best = list(waits), now
             if not to_come:
                 raise HubUnreachable(f"{wish.name}: no answer from the hub ({_root(error)}).") from error
             log.warning("%s: %s, next try in %g s", wish.name, _root(error), to_come[0])

@@ -140,6 +140,7 @@ def test_eight_that_start_together_download_once(hub: Hub) -> None:
     assert right(said[0]["path"])
     assert {path: hub.got(path) for path in FILES} == dict.fromkeys(FILES, 1)
     assert hub.got("pytorch_model.bin") == 0
+    assert sum("/api/models" in request["line"] for request in hub.requests()) == 2, "by one of them"
     waited = [start for start in starts if "waiting for another worker" in start.log]
     assert len(waited) == 7
 
