@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("embeddings",)
+NAMES = ("embeddings", "retrieval")
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ class Bare:
         self._process = process
 
     def encode(self, values: Sequence[str]) -> tuple[float, np.ndarray]:
-        """The seconds of one `encode` call, and its vectors."""
+        """The seconds of one call, and its vectors, or the scores of `predict.py`."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(values) + "\n")
@@ -59,9 +59,9 @@ class Bare:
 
 
 @contextmanager
-def bare(model: str, env: Mapping[str, str]) -> Iterator[Bare]:
+def bare(model: str, env: Mapping[str, str], script: str = "encode.py") -> Iterator[Bare]:
     with subprocess.Popen(
-        [sys.executable, str(HERE / "bare" / "encode.py"), model],
+        [sys.executable, str(HERE / "bare" / script), model],
         env={**os.environ, **env},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
