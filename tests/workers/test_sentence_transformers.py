@@ -344,7 +344,7 @@ async def test_prompts_of_the_model_are_its_defaults_and_its_names(tmp_path: Pat
 
 def test_floats_are_printed_in_their_shortest_form() -> None:
     values = np.random.default_rng(0).normal(0, 0.05, 2000).astype(np.float32)
-    values[:6] = [0, 1, -0.5, 1e-12, 3.0e8, 0.1]
+    values[:7] = [0, 1, -0.5, 1e-12, 3.0e8, 0.1, -1.3213707e-32]
     printed = [json.dumps(value) for value in shortest(values).tolist()]
     for value, text in zip(values, printed, strict=True):
         assert np.float32(float(text)) == value
