@@ -192,8 +192,8 @@ def _intact(path: Path) -> bool:
                 digest = hashlib.sha256() if len(blob.name) == 64 else hashlib.sha1(b"blob %d\0" % size)  # noqa: S324
                 digest.update(file.read())
                 return digest.hexdigest() == blob.name
-            if path.suffix == ".json":
-                json.load(file)
+            if path.suffix == ".json":  # not parsed: a vocabulary would take a tenth of a second
+                return file.read().rstrip().endswith((b"}", b"]"))
         return size > 0 or path.suffix not in _WEIGHTS
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

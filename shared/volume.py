@@ -57,6 +57,7 @@ T = TypeVar("T")
 RETRY_S = (1.0, 2.0, 4.0, 8.0)  # waits between tries; a download that gets on begins anew at the first
 SAY_S = 10.0  # a download shows in the log
 _ABANDONED_S = 600.0  # a partial file that did not grow for so long is nobody's
+_SECRET = Path("/run/secrets/HF_TOKEN")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -452,8 +453,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bake.add_argument("--to", type=Path, default=Path("/models"), help="folder of the models (/models)")
     bake.add_argument("--extra", action="append", default=[], help="glob pattern of files to take besides")
     options = parser.parse_args(arguments)
-    secret = Path("/run/secrets/HF_TOKEN")
-    token = secret.read_text() if secret.is_file() else os.environ.get("HF_TOKEN", "")
+    token = _SECRET.read_text() if _SECRET.is_file() else os.environ.get("HF_TOKEN", "")
     wish = _Wish(options.name, options.revision or None, token.strip() or None, tuple(options.extra))
     os.environ["BAKED_MODEL_DIR"] = str(options.to)
     try:
