@@ -64,7 +64,6 @@ async def coalesce(source: AsyncIterator[str], *, max_bytes: int = STREAM_LIMIT)
             reader.cancel()
 
     reader = asyncio.create_task(read())
-    reader.add_done_callback(lambda task: task.cancelled() or task.exception())  # none is "never retrieved"
     job = asyncio.current_task()
     assert job is not None
     job.add_done_callback(stop)

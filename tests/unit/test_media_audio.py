@@ -291,11 +291,23 @@ def test_what_soundfile_cannot_read_ffmpeg_does(kind, ffmpeg, tmp_path):
     with pytest.raises(soundfile.LibsndfileError):
         soundfile.SoundFile(io.BytesIO(data))
     check_tone(load_audio(data, rate=16_000), 16_000, slack_s=0.2)
-    long = recording(tmp_path, RECORDINGS[kind], seconds=20)
-    error = refusal(long, max_seconds=19)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("kind", RECORDINGS)
+def test_too_long_is_noticed_while_ffmpeg_decodes(kind, ffmpeg, tmp_path, monkeypatch):
+    """ffmpeg itself stops soon behind the limit: the rest is never in memory."""
+    outputs = []
+    run = subprocess.check_output
+    monkeypatch.setattr(
+        subprocess, "check_output", lambda *a, **k: outputs.append(run(*a, **k)) or outputs[-1]
+    )
+    data = recording(tmp_path, RECORDINGS[kind], seconds=30)
+    error = refusal(data, max_seconds=10)
     assert error.code == "too_large"
-    assert "19 seconds" in error.message
-    assert len(load_audio(long, rate=16_000, max_seconds=21)) >= 19 * 16_000
+    assert "10 seconds" in error.message
+    assert len(outputs[0]) < 11 * 16_000 * 4
+    assert 29 < len(load_audio(data, rate=16_000, max_seconds=31)) / 16_000 < 31
 
 
 @needs_ffmpeg

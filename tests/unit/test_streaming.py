@@ -204,6 +204,42 @@ async def test_every_other_end_closes_the_source_too(end):
     assert engine.cleaned_up
 
 
+async def test_the_end_of_the_job_closes_a_source_that_is_held_back():
+    """It waits at its yield then, so that a cancelled reader does not reach it."""
+    engine = Engine(["x" * 100] * 1000)
+    source = engine()
+    job = asyncio.create_task(iterate(coalesce(source, max_bytes=200), 60))
+    await asyncio.sleep(0.02)
+    job.cancel()
+    await asyncio.wait([job])
+    await asyncio.sleep(0.05)
+    assert engine.cleaned_up
+    assert engine.given < 10
+
+
+async def test_closing_the_stream_does_not_break_into_the_closing_of_the_source():
+    engine = Engine(["x"] * 1000, [0.001] * 1000)
+    stream = coalesce(engine())
+    job = asyncio.create_task(iterate(stream, 60))
+    await asyncio.sleep(0.02)
+    job.cancel()
+    await engine.closing.wait()
+    await stream.aclose()
+    assert engine.cleaned_up
+
+
+async def test_an_error_that_nobody_waits_for_is_quiet(caplog):
+    job = asyncio.create_task(iterate(coalesce(Engine(["x"], error=ZeroDivisionError())()), 60))
+    await asyncio.sleep(0.05)
+    job.cancel()
+    await asyncio.wait([job])
+    del job
+    for _ in range(2):  # first the generator goes, then what it held
+        gc.collect()
+        await asyncio.sleep(0.02)
+    assert caplog.records == []
+
+
 async def test_a_second_cancel_does_not_break_into_the_closing():
     engine = Engine(["x"] * 1000, [0.001] * 1000)
     job = asyncio.create_task(collected(engine(), 0))
@@ -302,7 +338,16 @@ async def test_bytes_that_are_not_utf_8_are_replaced():
     assert await events_of(b"data: \xff\n\n", []) == ["data: \ufffd\n\n"]
 
 
-async def test_the_body_is_closed_with_the_stream():
+async def test_the_body_is_closed_with_the_events():
+    engine = Engine([b"data: 1\n\n"] * 10)
+    body = engine()
+    events = sse_events(body)
+    await anext(events)
+    await events.aclose()
+    assert engine.cleaned_up
+
+
+async def test_the_body_is_closed_with_the_job():
     closed = []
 
     async def body():
