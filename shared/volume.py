@@ -231,7 +231,7 @@ def _snapshots(repo: Path, wish: _Wish) -> list[Path]:
     found = _ls(repo / "snapshots")
     if wish.revision:
         return [folder for folder in found if folder.name == commit]
-    return sorted(found, key=lambda folder: (folder.name != commit, -folder.stat().st_mtime))
+    return sorted(found, key=lambda folder: (folder.name != commit, -folder.lstat().st_mtime))
 
 
 # ---- download -------------------------------------------------------------------------------------------
@@ -286,11 +286,11 @@ def _fetch(wish: _Wish, hub: Path) -> ModelPath:
         if reason := flaw(snapshot, wish.extra):
             raise RuntimeError(reason)
 
+    write_list(snapshot, sizes)
+    _sweep(blobs, older_than=(repo / "files" / f"{commit}.json").stat().st_mtime - _ABANDONED_S)
     need, free = sum(sizes[path] or 0 for path in missing()), shutil.disk_usage(hub).free
     if need > free:
         raise OSError(errno.ENOSPC, f"{_mb(need)} needed, {_mb(free)} free")
-    write_list(snapshot, sizes)
-    _sweep(blobs, older_than=(repo / "files" / f"{commit}.json").stat().st_mtime - _ABANDONED_S)
     log.info("download model=%s revision=%s bytes=%d to=%s", wish.name, commit, need, hub)
     before, begin = set(_ls(blobs)), time.monotonic()
 
