@@ -165,6 +165,11 @@ def plain(result: Any) -> tuple[Any, str]:
         raise JobError(
             f"The result holds what JSON cannot: {error}.", code="not_json", type="server_error"
         ) from None
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # Half a surrogate pair, which JSON can name and UTF-8 cannot hold: the SDK would not send it.
+        text, converted = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), True
     return (json.loads(text) if converted else result), text
 
 
@@ -204,7 +209,9 @@ async def finish(result: Any, job: Job) -> Any:
 def has_bucket(job: Job) -> bool:
     """Whether a result of this job that is too large for the platform has somewhere to go."""
     names = ("BUCKET_ENDPOINT_URL", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY")
-    return bool(job.get("s3Config")) or all(os.environ.get(name) for name in names)
+    config = job.get("s3Config") or {}
+    keys = ("endpointUrl", "accessId", "accessSecret")
+    return all(config.get(key) for key in keys) or all(os.environ.get(name) for name in names)
 
 
 def check_size(at_least: int, job: Job, advice: str = "") -> None:
@@ -224,13 +231,22 @@ def _upload(text: str, job: Job) -> str:
     from runpod.serverless.utils import rp_upload
 
     bucket = job.get("s3Config") or None
-    url: str = rp_upload.upload_in_memory_object(
-        f"{job['id']}.json",
-        data,
-        bucket_creds=bucket,
-        bucket_name=(bucket or {}).get("bucketName") or os.environ.get("BUCKET_NAME"),
-        prefix="results",
-    )
+    try:
+        url: str = rp_upload.upload_in_memory_object(
+            f"{job['id']}.json",
+            data,
+            bucket_creds=bucket,
+            bucket_name=(bucket or {}).get("bucketName") or os.environ.get("BUCKET_NAME"),
+            prefix="results",
+        )
+    except Exception as error:
+        log.exception("upload failed")
+        raise JobError(
+            f"The result of {len(data) / 1e6:.1f} MB could not be uploaded ({type(error).__name__}). Check "
+            f"{'s3Config' if bucket else 'BUCKET_ENDPOINT_URL, its keys and BUCKET_NAME'}.",
+            code="upload_failed",
+            type="server_error",
+        ) from None
     return url
 
 

@@ -40,7 +40,7 @@ class WorkerSettings(BaseSettings):
     )
     trust_remote_code: bool = Field(False, description="Run Python code that the model's repository ships")
     max_concurrency: int = Field(
-        64, ge=1, le=4096, description="Jobs that one worker takes at a time; constant while it lives"
+        64, ge=1, le=1024, description="Jobs that one worker takes at a time; constant while it lives"
     )
     prewarm: bool = Field(True, description="Run a few small requests before the first job")
     max_result_mb: float = Field(

@@ -157,6 +157,12 @@ async def test_what_json_has_no_form_for_is_an_error_with_its_place(
     assert where in error["message"]
 
 
+async def test_half_a_surrogate_pair_does_not_keep_a_result_from_being_sent() -> None:
+    result = await returning({"text": "a\ud83d", "more": "😀"})(JOB)
+    assert result == {"text": "a\ufffd", "more": "😀"}
+    json.dumps(result, ensure_ascii=False).encode()
+
+
 async def test_an_exception_is_answered_without_its_text_and_logged_with_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

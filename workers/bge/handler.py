@@ -66,7 +66,7 @@ class Settings(WorkerSettings):
         description="Id on the Hugging Face Hub, or a folder, of an embedding model or a reranker",
     )
     max_concurrency: int = Field(
-        256, ge=1, le=4096, description="Jobs that one worker takes at a time; constant while it lives"
+        128, ge=1, le=1024, description="Jobs that one worker takes at a time; constant while it lives"
     )
     max_batch_tokens: int | None = Field(
         None, ge=1, description="Tokens in one padded batch; unset: 16384 on a GPU, 1024 on CPU"

@@ -37,7 +37,7 @@ from shared.settings import WorkerSettings, read_settings
 class Settings(WorkerSettings):
     model_name: str = Field("all-MiniLM-L6-v2", description="Model id on the Hugging Face Hub, or a folder")
     max_concurrency: int = Field(
-        256, ge=1, le=4096, description="Jobs that one worker takes at a time; constant while it lives"
+        128, ge=1, le=1024, description="Jobs that one worker takes at a time; constant while it lives"
     )
     max_batch_tokens: int | None = Field(
         None, ge=1, description="Tokens in one padded batch; unset: 16384 on a GPU, 1024 on CPU"
