@@ -90,7 +90,7 @@ def main(folder: Path) -> None:
     install(
         python,
         f"1/2 {total} packages of {LOCK.name}, checked against their hashes",
-        *("--require-hashes", "--no-deps", "--only-binary", ":all:", "--requirement", str(LOCK)),
+        *("--require-hashes", "--no-deps", "--requirement", str(LOCK)),
         total=total,
     )
     index = os.environ.get("TORCH_INDEX", "")

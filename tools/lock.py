@@ -27,6 +27,8 @@ TORCH_LOCK = Path("workers/torch.txt")
 DEV_LOCK = Path("requirements-dev.txt")
 # What only a CUDA build of torch brings along: a development machine may have a CPU build.
 CUDA_ONLY = re.compile(r"torch|triton|nvidia-.*|cuda-.*")
+# Each build of these fits one build of torch: PyPI's, for CUDA, break beside a CPU build.
+BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
 COMPILE = ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11", "--generate-hashes"]
 COMPILE += ["--fork-strategy", "fewest", "--no-annotate", "--custom-compile-command", "make lock"]
@@ -79,7 +81,13 @@ def lock_dev(*, root: Path = ROOT, output: Path | None = None, upgrade: bool = F
     inputs = [Path("requirements-dev.in"), *(folder / "requirements.in" for folder in lock_folders(root))]
     cuda = [name for name in pins(root / TORCH_LOCK) if CUDA_ONLY.fullmatch(name)]
     compile_lock(
-        inputs, DEV_LOCK, root=root, output=output, constraints=[TORCH_LOCK], leave_out=cuda, upgrade=upgrade
+        inputs,
+        DEV_LOCK,
+        root=root,
+        output=output,
+        constraints=[TORCH_LOCK],
+        leave_out=[*cuda, *BESIDE_TORCH],
+        upgrade=upgrade,
     )
 
 
