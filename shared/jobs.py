@@ -28,6 +28,9 @@ from shared.streaming import error_event
 Job = dict[str, Any]
 """A job as the platform sends it: `id`, `input`, and what else the client gave (`webhook`, `s3Config`)."""
 
+ENGINE_DIED = "engine_died"
+"""The code of a JobError after which the worker can answer no job any more, and asks to be replaced."""
+
 current_job: ContextVar[Job] = ContextVar("current_job")
 """The job that the running task serves."""
 
@@ -82,11 +85,16 @@ def closest(requests: Sequence[type[BaseModel]], payload: dict[str, Any]) -> typ
 
 
 def validate(model: type[BaseModel], payload: dict[str, Any]) -> BaseModel:
-    """`payload` as `model`; raises JobError about the first thing that is wrong with it."""
+    """`payload` as `model`; raises JobError about the first thing that is wrong with it.
+
+    An unknown field comes first of all: a missing one is often the same field, misspelt.
+    """
     try:
         return model.model_validate(payload)
     except ValidationError as error:
-        raise _explain(error.errors(include_url=False)[0], model) from None
+        problems = error.errors(include_url=False)
+        unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
+        raise _explain((unknown or problems)[0], model) from None
 
 
 def _explain(problem: ErrorDetails, model: type[BaseModel]) -> JobError:
@@ -361,7 +369,7 @@ def _serve(job: Job) -> None:
 def _explain_failure(error: Exception) -> tuple[JobError, bool]:
     """What the client is told of `error`, and whether the worker should be replaced after this job."""
     if isinstance(error, JobError):
-        return error, False
+        return error, error.code == ENGINE_DIED
     if is_out_of_memory(error):
         log.error("out of memory: %s", error)
         empty_cache()
