@@ -26,6 +26,7 @@ Config = dict[str, Any]
 _PERMANENT = (
     ("does not recognize this architecture", "unsupported_architecture"),
     ("Unrecognized model in", "unsupported_architecture"),
+    ("Unrecognized configuration class", "unsupported_architecture"),
     ("trust_remote_code", "needs_remote_code"),
 )
 _ADVICE = {

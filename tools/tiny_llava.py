@@ -40,8 +40,8 @@ def make(folder: Path, *, hidden: int = 32, layers: int = 2, length: int = 4096)
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(0)
-    processor = _processor(size=30, patch=10)
-    tokenizer = processor.tokenizer
+    reader = processor(size=30, patch=10)
+    tokenizer = reader.tokenizer
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     model = LlavaForConditionalGeneration(
         LlavaConfig(
@@ -60,13 +60,14 @@ def make(folder: Path, *, hidden: int = 32, layers: int = 2, length: int = 4096)
     )  # fmt: skip
     for name, value in special.items():
         setattr(model.generation_config, name, value)
-    _fit(model, processor)
+    _fit(model, reader)
     model.eval().save_pretrained(folder)
-    processor.save_pretrained(folder)
+    reader.save_pretrained(folder)
     return folder
 
 
-def _processor(*, size: int, patch: int) -> Any:
+def processor(*, size: int, patch: int) -> Any:
+    """What reads pictures of `size` pixels a side and texts: a token for each byte, and for some words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
