@@ -27,12 +27,12 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
 from shared.errors import JobError
-from shared.jobs import empty_cache, is_out_of_memory
+from shared.jobs import ENGINE_DIED, empty_cache, is_out_of_memory
 from shared.logs import log
 
 if TYPE_CHECKING:
@@ -49,13 +49,30 @@ _BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How one answer is made. temperature 0: always the likeliest token. seed None: never the same twice."""
+    """How one answer is made. temperature 0: always the likeliest token. seed None: never the same twice.
+
+    top_k 0 and min_p 0: off. repetition_penalty None: the model's own. logprobs: how many of the likeliest
+    tokens are told beside each one; None: not even its own chance.
+    """
 
     max_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chance:
+    """A token of an answer, the logarithm of its chance before sampling, and the likeliest in its place."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +80,13 @@ class Piece:
     """What has come since the last piece; the one with a finish_reason is the last.
 
     tokens: how many the model has made for this answer so far, the one that ended it included.
+    chances: of the new tokens, where `Sampling.logprobs` asks for them.
     """
 
     text: str
     tokens: int
     finish_reason: FinishReason | None = None
+    chances: tuple[Chance, ...] = ()
 
 
 # ---- text ----------------------------------------------------------------------------------------------
@@ -145,6 +164,8 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     told: int = 0
     over: bool = False  # ended, or nobody waits for it
+    seen: torch.Tensor | None = None  # True for each token of the text so far, where a penalty asks for it
+    chances: list[Chance] = field(default_factory=list)
 
     @property
     def length(self) -> int:
@@ -181,6 +202,12 @@ def _not_finite() -> JobError:
     )
 
 
+def _check_device(error: Exception) -> None:
+    """Raise `error` if it is one after which a GPU does nothing more in this process."""
+    if "CUDA error" in str(error) and not is_out_of_memory(error):
+        raise error
+
+
 def _key(inputs: Mapping[str, Any]) -> Hashable:
     """Prompts may be read together where this is equal: nothing of them then needs padding but the tokens."""
     return tuple(
@@ -197,24 +224,63 @@ def choose(logits: torch.Tensor, rows: Sequence[_Row]) -> list[int]:
     """
     import torch
 
+    raw, logits = logits, _penalised(logits, rows)
     best, tokens = logits.max(dim=-1)
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0 and not row.over]
     if drawn:
         settings = [
-            (row.sampling.temperature, row.sampling.top_p, row.random.random())
-            for row in (rows[i] for i in drawn)
+            (it.temperature, it.top_p, it.min_p, it.top_k or logits.shape[-1], rows[i].random.random())
+            for i, it in ((i, rows[i].sampling) for i in drawn)
         ]
-        temperature, top_p, number = torch.tensor(settings, device=logits.device).split(1, dim=1)
-        scores, order = (logits[drawn].float() / temperature).sort(dim=-1, descending=True)
-        chances = scores.softmax(dim=-1)
+        temperature, top_p, min_p, top_k, number = torch.tensor(settings, device=logits.device).split(1, 1)
+        width = min(logits.shape[-1], max(int(setting[3]) for setting in settings))
+        scores, order = (logits[drawn].float() / temperature).topk(width, dim=-1)
+        places = torch.arange(width, device=logits.device)
+        chances = scores.masked_fill(places >= top_k, -torch.inf).softmax(dim=-1)
         before = chances.cumsum(dim=-1) - chances
-        chances = chances.masked_fill(before >= top_p, 0.0)  # the likeliest always stays
+        # The likeliest always stays.
+        chances = chances.masked_fill((before >= top_p) | (chances < min_p * chances[:, :1]), 0.0)
         reached = chances.cumsum(dim=-1)
         at = (reached <= number * reached[:, -1:]).sum(dim=-1, keepdim=True)
         last = (chances > 0).sum(dim=-1, keepdim=True) - 1
         tokens[drawn] = order.gather(1, at.minimum(last)).squeeze(1)
     tokens = tokens.masked_fill(~best.isfinite(), -1)
+    told = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None and not row.over]
+    if told:
+        _tell_chances(raw[told].float().log_softmax(dim=-1), tokens[told], [rows[i] for i in told])
     return tokens.tolist()  # type: ignore[no-any-return]
+
+
+def _penalised(logits: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
+    """`logits` less what each row's repetition_penalty takes from the tokens that its text has."""
+    import torch
+
+    asked = [i for i, row in enumerate(rows) if (row.sampling.repetition_penalty or 1.0) != 1.0]
+    if not asked:
+        return logits
+    for row in (rows[i] for i in asked):
+        if row.seen is None:
+            row.seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            row.seen[row.inputs["input_ids"][0].to(logits.device)] = True
+            row.seen[row.tokens] = True
+        elif row.tokens:
+            row.seen[row.tokens[-1]] = True
+    seen = torch.stack([row.seen for row in (rows[i] for i in asked) if row.seen is not None])
+    penalty = torch.tensor([[rows[i].sampling.repetition_penalty] for i in asked], device=logits.device)
+    plain = logits[asked].float()
+    lower = torch.where(plain < 0, plain * penalty, plain / penalty)
+    logits = logits.float().clone()
+    logits[asked] = torch.where(seen, lower, plain)
+    return logits
+
+
+def _tell_chances(logprobs: torch.Tensor, tokens: torch.Tensor, rows: Sequence[_Row]) -> None:
+    own = logprobs.gather(1, tokens.clamp(min=0)[:, None]).squeeze(1).tolist()
+    most = min(max(row.sampling.logprobs or 0 for row in rows), logprobs.shape[-1])
+    values, ids = (found.tolist() for found in logprobs.topk(most, dim=-1))
+    for row, token, logprob, top, beside in zip(rows, tokens.tolist(), own, values, ids, strict=True):
+        pairs = tuple(zip(beside, top, strict=True))[: row.sampling.logprobs]
+        row.chances.append(Chance(token, logprob, pairs))
 
 
 # ---- the engine ----------------------------------------------------------------------------------------
@@ -282,7 +348,8 @@ def joins(model: PreTrainedModel) -> bool:
         and not name.startswith(("_", "max_"))
         and not name.endswith("_token_id")
     }
-    sampling = {"temperature", "top_p", "top_k", "min_p", "typical_p", "transformers_version"}
+    sampling = {"temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty"}
+    sampling.add("transformers_version")
     return default and plain and changes <= sampling
 
 
@@ -327,11 +394,14 @@ class Generator:
         self._pad: int = next((i for i in (tokenizer.pad_token_id, *self._ends) if i is not None), 0)
         self._max_rows, self._budget = max_rows, budget or cache_budget(model)
         self._joins = joins(model)
+        self._penalty: float = model.generation_config.repetition_penalty or 1.0
+        self._dead: JobError | None = None
         self._last_only = (
             {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         )
         self._incoming: SimpleQueue[_Row | None] = SimpleQueue()
         self._waiting: deque[_Row] = deque()
+        self._taken: list[_Row] = []  # out of the queue, and not in the batch yet
         self._live: _Batch | None = None
         threading.Thread(target=self._work, name="engine", daemon=True).start()
 
@@ -347,14 +417,14 @@ class Generator:
         room = self.max_length - prompt
         if room < 1:
             raise JobError(
-                f"{param}: the prompt has {prompt} tokens, images included, and the model takes "
-                f"{self.max_length} with the answer. Shorten it, or send fewer images.",
+                f"{param}: the prompt has {prompt} tokens, and the model takes {self.max_length} with the "
+                "answer. Shorten it.",
                 param=param,
                 code="too_long",
             )
         if max_tokens is not None and max_tokens > room:
             raise JobError(
-                f"max_tokens: the prompt has {prompt} tokens, images included, and {max_tokens} more make "
+                f"max_tokens: the prompt has {prompt} tokens, and {max_tokens} more make "
                 f"{prompt + max_tokens}; the model takes {self.max_length}. Ask for at most {room}.",
                 param="max_tokens",
                 code="too_long",
@@ -369,15 +439,19 @@ class Generator:
         inputs: what the tokenizer or processor made of one prompt, as tensors with a first dimension of one.
         each: a piece for each token that completes some text; False: all in one piece.
         """
+        if sampling.repetition_penalty is None:
+            sampling = replace(sampling, repetition_penalty=self._penalty)
         row = _Row(
             inputs, sampling, each or bool(sampling.stop), asyncio.get_running_loop(), asyncio.Queue(),
             _key(inputs), random.Random(sampling.seed), inputs["input_ids"].shape[1],  # noqa: S311
         )  # fmt: skip
         detokenizer = Detokenizer(lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True))
         stops = StopStrings(sampling.stop)
-        out, count, end = "", 0, None
+        out, count, chances, end = "", 0, 0, None
         self._incoming.put(row)
         try:
+            if self._dead is not None:
+                raise self._dead
             while end is None:
                 tokens, end = await row.news.get()
                 if isinstance(end, Exception):
@@ -395,8 +469,8 @@ class Generator:
                 if end:
                     out += stops.rest()
                 if end or (out and each):
-                    yield Piece(out, count, end)
-                    out = ""
+                    yield Piece(out, count, end, tuple(row.chances[chances:count]))
+                    out, chances = "", count
         finally:
             row.over = True
 
@@ -407,6 +481,25 @@ class Generator:
     # -- on the engine's thread
 
     def _work(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:
+            # Who comes later finds _dead: it is set before the queue is read for the last time.
+            self._dead = JobError(
+                f"The engine of this worker stopped ({type(error).__name__}). Send the job again: the worker "
+                "is being replaced.",
+                code=ENGINE_DIED,
+                type="server_error",
+            )
+            log.critical("the engine stopped", exc_info=error)
+            rows = [*(self._live.rows if self._live else ()), *self._taken, *self._waiting]
+            while not self._incoming.empty():
+                rows += [row for row in (self._incoming.get(),) if row is not None]
+            for row in rows:
+                if not row.over:
+                    row.tell(self._dead)
+
+    def _run(self) -> None:
         import torch
 
         with torch.inference_mode():
@@ -420,9 +513,10 @@ class Generator:
 
     def _turn(self) -> None:
         """Take in who fits, then one more token for everybody."""
-        newcomers = self._admit()
-        if newcomers:
-            self._begin(newcomers)
+        self._taken = self._admit()
+        if self._taken:
+            self._begin(self._taken)
+            self._taken = []
         if self._live is None:
             return
         rows, cells, problem = self._live.rows, self._live.mask.numel(), None
@@ -433,6 +527,7 @@ class Generator:
             problem = error
         if problem is None:
             return
+        _check_device(problem)
         # Some layers of the cache are a token further than the others: who goes on begins with a new one.
         self._live = None
         if is_out_of_memory(problem) and len(rows) > 1:
@@ -477,6 +572,7 @@ class Generator:
             problem = error
         if problem is None:
             return
+        _check_device(problem)
         rows = [row for row in rows if not row.over]
         no_memory = is_out_of_memory(problem)
         if no_memory:
@@ -568,8 +664,9 @@ class Generator:
 
         config = copy.deepcopy(self.model.generation_config)
         config.update(
-            do_sample=False, num_beams=1, max_length=None, max_new_tokens=max(row.left for row in rows),
-            pad_token_id=self._pad, eos_token_id=None, temperature=None, top_p=None, top_k=None,
+            do_sample=False, num_beams=1, repetition_penalty=1.0, max_length=None,
+            max_new_tokens=max(row.left for row in rows), pad_token_id=self._pad, eos_token_id=None,
+            temperature=None, top_p=None, top_k=None,
         )  # fmt: skip
 
         def draw(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

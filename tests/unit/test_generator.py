@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from types import SimpleNamespace
 from typing import Any
@@ -143,15 +143,73 @@ async def test_neighbours_change_nothing(kind: str, model: Any) -> None:
 
 
 async def test_penalties_of_the_checkpoint_hold() -> None:
-    """A checkpoint whose generation config looks back over the text goes through generate itself."""
-    model = tiny_llama(repetition_penalty=1.3)
-    assert joins(tiny_llama(temperature=0.2, top_k=5, do_sample=True))
-    assert not joins(model)
-    engine = Generator(model, Letters())  # type: ignore[arg-type]
+    """A repetition penalty is the rows' own; what else looks back over the text goes through generate."""
+    assert joins(tiny_llama(temperature=0.2, top_k=5, do_sample=True, repetition_penalty=1.3))
+    assert not joins(tiny_llama(no_repeat_ngram_size=3))
     asked = [inputs for inputs, _ in mixed(6)]
-    answers = await asyncio.gather(*(ask(engine, inputs, Sampling(30)) for inputs in asked))
-    assert answers == [by_generate(model, inputs, 30) for inputs in asked]
-    engine.close()
+    for changes in ({"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 3, "repetition_penalty": 1.2}):
+        model = tiny_llama(**changes)
+        engine = Generator(model, Letters())  # type: ignore[arg-type]
+        for inputs in asked:  # alone: generate's own penalty takes padding for text
+            assert await ask(engine, inputs, Sampling(30)) == by_generate(model, inputs, 30)
+        wanted = [by_generate(model, inputs, 30) for inputs in asked]
+        assert await asyncio.gather(*(ask(engine, inputs, Sampling(30)) for inputs in asked)) == wanted
+        engine.close()
+
+
+async def test_each_row_has_its_own_penalty(model: Any, engine: Generator) -> None:
+    penalties = [1.0, 1.1, 1.5, 3.0, 0.8]
+    asked = [(inputs, penalties[i % 5]) for i, (inputs, _) in enumerate(mixed(10))]
+    answers = await asyncio.gather(
+        *(ask(engine, inputs, Sampling(30, repetition_penalty=penalty)) for inputs, penalty in asked)
+    )
+    wanted = [by_generate(model, inputs, 30, repetition_penalty=penalty) for inputs, penalty in asked]
+    assert answers == wanted
+    assert len({answer.text for answer in answers}) == 10
+
+
+async def test_chances_are_told_where_asked(model: Any, engine: Generator) -> None:
+    import torch
+
+    inputs = prompt(5, 6, 7)
+    beside = ask(engine, inputs, Sampling(20))
+    async with aclosing(engine.stream(inputs, Sampling(12, logprobs=3))) as pieces:
+        got, _ = await asyncio.gather(_all(pieces), beside)
+    chances = [chance for piece in got for chance in piece.chances]
+    assert len(chances) == got[-1].tokens == 12
+    ids = [5, 6, 7, *(chance.token for chance in chances)]
+    with torch.inference_mode():
+        logprobs = model(torch.tensor([ids])).logits[0, 2:-1].log_softmax(-1)
+    for chance, row in zip(chances, logprobs, strict=True):
+        assert chance.logprob == pytest.approx(row[chance.token].item(), abs=1e-4)
+        assert [token for token, _ in chance.top] == row.topk(3).indices.tolist()
+        assert chance.top[0] == (chance.token, chance.logprob)
+    async with aclosing(engine.stream(inputs, Sampling(3, logprobs=0), each=False)) as pieces:
+        assert [len(chance.top) for piece in await _all(pieces) for chance in piece.chances] == [0, 0, 0]
+
+
+async def _all(pieces: AsyncGenerator[Piece]) -> list[Piece]:
+    return [piece async for piece in pieces]
+
+
+@pytest.mark.parametrize("where", ["_admit", "_step", "_prefill"])
+async def test_an_engine_that_dies_says_so(model: Any, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """What runs, what waits and what comes later: an error for each, in place of silence."""
+    engine = Generator(model, Letters(), max_rows=2)  # type: ignore[arg-type]
+    running = [asyncio.create_task(ask(engine, prompt(5, 6), Sampling(1500))) for _ in range(4)]
+    while engine._live is None or len(engine._waiting) < 2:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+    def dies(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(engine, where, dies)
+    if where == "_prefill":  # that comes when a row has gone
+        running.pop(0).cancel()
+    ends = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 10)
+    assert [getattr(end, "code", end) for end in ends] == ["engine_died"] * len(running)
+    with pytest.raises(JobError, match="being replaced"):
+        await asyncio.wait_for(ask(engine, prompt(5), Sampling(1)), 10)
 
 
 async def test_sampling_is_seeded(engine: Generator) -> None:
@@ -165,6 +223,8 @@ async def test_sampling_is_seeded(engine: Generator) -> None:
     assert await answer(temperature=1.0, seed=1) != await answer(temperature=1.0, seed=2)
     assert await answer(temperature=1.0) != await answer(temperature=1.0), "without a seed each is its own"
     assert await answer(temperature=1.0, top_p=1e-6, seed=1) == greedy
+    assert await answer(temperature=1.0, top_k=1, seed=1) == greedy
+    assert await answer(temperature=1.0, min_p=1.0, seed=1) == greedy
 
 
 def test_choices_follow_the_distribution() -> None:
@@ -172,8 +232,16 @@ def test_choices_follow_the_distribution() -> None:
 
     draws = 4000
     logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).repeat(draws, 1)
-    for top_p, expected in ((1.0, [0.5, 0.3, 0.15, 0.05]), (0.7, [0.625, 0.375, 0, 0]), (0.5, [1, 0, 0, 0])):
-        row = SimpleNamespace(sampling=Sampling(1, 1.0, top_p), random=random.Random(0), over=False)
+    for settings, expected in (
+        ({}, [0.5, 0.3, 0.15, 0.05]),
+        ({"top_p": 0.7}, [0.625, 0.375, 0, 0]),
+        ({"top_p": 0.5}, [1, 0, 0, 0]),
+        ({"top_k": 2}, [0.625, 0.375, 0, 0]),
+        ({"top_k": 3, "top_p": 0.83}, [0.625, 0.375, 0, 0]),  # of what top_k leaves, 0.84 come first
+        ({"min_p": 0.2}, [10 / 19, 6 / 19, 3 / 19, 0]),
+    ):
+        sampling = Sampling(1, 1.0, **settings)  # type: ignore[arg-type]
+        row = SimpleNamespace(sampling=sampling, random=random.Random(0), over=False)
         counts = torch.bincount(torch.tensor(choose(logits, [row] * draws)), minlength=4) / draws  # type: ignore[list-item]
         # Four standard deviations of the largest share.
         assert torch.allclose(counts, torch.tensor(expected, dtype=torch.float), atol=0.032), counts
