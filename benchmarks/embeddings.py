@@ -21,6 +21,7 @@ import numpy as np
 
 from benchmarks.harness import (
     HERE,
+    ROOT,
     Burst,
     alone,
     ask,
@@ -48,7 +49,7 @@ class Bare:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def encode(self, values: Sequence[str]) -> tuple[float, np.ndarray]:
+    def encode(self, values: Sequence[Any]) -> tuple[float, np.ndarray]:
         """The seconds of one call, and its vectors, or the scores of `predict.py`."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -62,7 +63,7 @@ class Bare:
 def bare(model: str, env: Mapping[str, str], script: str = "encode.py") -> Iterator[Bare]:
     with subprocess.Popen(
         [sys.executable, str(HERE / "bare" / script), model],
-        env={**os.environ, **env},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -40,20 +40,28 @@ def embed(values: Sequence[str]) -> dict[str, Any]:
     env = OFFLINE | {"MODEL_NAME": str(minilm())}
     ours: list[Burst] = []
     offline: list[float] = []
+    handler: list[float] = []
     jobs = [{"texts": [value]} for value in values]
-    with running(WORKER, env=env) as worker, bare(str(minilm()), env) as library:
+    with (
+        running(WORKER, env=env) as worker,
+        bare(str(minilm()), env) as library,
+        bare(WORKER, env, script="jobs.py") as direct,
+    ):
         library.encode(values[:8])
+        direct.encode(jobs[:8])
         burst(worker, jobs[:8])
         for number in range(ROUNDS):
             print(f"  round {number + 1} of {ROUNDS}: {JOBS} texts offline and as jobs", flush=True)
             seconds, vectors = library.encode(values)
             offline.append(seconds)
+            handler.append(direct.encode(jobs)[0])
             ours.append(burst(worker, jobs))
     got = np.array([job["embeddings"][0] for job in ours[-1].outputs], np.float32)
     print(f"  the naive handler, {NAIVE_JOBS} jobs", flush=True)
     with running(NAIVE, env=env) as worker:
         slow = burst(worker, jobs[:NAIVE_JOBS])
-    return {"ours": ours, "offline": offline, "naive": slow, "difference": float(np.abs(got - vectors).max())}
+    difference = float(np.abs(got - vectors).max())
+    return {"ours": ours, "offline": offline, "handler": handler, "naive": slow, "difference": difference}
 
 
 def rerank(values: Sequence[str]) -> dict[str, Any]:
@@ -85,6 +93,7 @@ def report(
 ) -> tuple[str, dict[str, Any]]:
     ours, slow = middle(embedded["ours"]), embedded["naive"]
     offline = JOBS / statistics.median(embedded["offline"])
+    handler = JOBS / statistics.median(embedded["handler"])
     ranking = middle(ranked["ours"])
     pairs = ranking.rate * DOCUMENTS
     predicted = RANKINGS * DOCUMENTS / statistics.median(ranked["offline"])
@@ -101,6 +110,7 @@ def report(
             ">= 1.0",
             ours.rate / offline >= 1,
         ),
+        ("the same, the handler called without SDK and platform", handler / offline, "", None),
         ("pairs/s, times one offline CrossEncoder.predict", pairs / predicted, "", None),
         ("largest difference of an embedding", f"{embedded['difference']:.1e}", "", None),
         ("largest difference of a score", f"{ranked['difference']:.1e}", "", None),
@@ -109,6 +119,7 @@ def report(
     rows = [
         (f"naive handler, {NAIVE_JOBS} jobs", slow.rate, *list(slow.summary().values())[2:]),
         (f"this worker, {JOBS} jobs of one text", ours.rate, *list(ours.summary().values())[2:]),
+        (f"its handler called without SDK and platform, {JOBS} jobs", handler, "", "", ""),
         (f"offline encode of {JOBS} texts", offline, "", "", ""),
         (
             f"this worker, {RANKINGS} rerankings of {DOCUMENTS} documents, pairs/s",
@@ -139,6 +150,7 @@ not at hand.
         "machine": where,
         "embedding_jobs_per_second": [found.rate for found in embedded["ours"]],
         "offline_texts_per_second": [JOBS / seconds for seconds in embedded["offline"]],
+        "handler_texts_per_second": [JOBS / seconds for seconds in embedded["handler"]],
         "naive": slow.summary(),
         "pairs_per_second": [found.rate * DOCUMENTS for found in ranked["ours"]],
         "offline_pairs_per_second": [RANKINGS * DOCUMENTS / seconds for seconds in ranked["offline"]],
