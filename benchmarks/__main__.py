@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("embeddings", "retrieval")
+NAMES = ("embeddings", "huggingface", "retrieval")
 
 
 def main() -> None:
