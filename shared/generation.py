@@ -24,6 +24,7 @@ import copy
 import inspect
 import random
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
@@ -401,6 +402,7 @@ class Generator:
         )
         self._incoming: SimpleQueue[_Row | None] = SimpleQueue()
         self._waiting: deque[_Row] = deque()
+        self._owed = 0.0  # seconds of steps that come before the next prompts
         self._taken: list[_Row] = []  # out of the queue, and not in the batch yet
         self._live: _Batch | None = None
         threading.Thread(target=self._work, name="engine", daemon=True).start()
@@ -512,16 +514,24 @@ class Generator:
                 self._turn()
 
     def _turn(self) -> None:
-        """Take in who fits, then one more token for everybody."""
-        self._taken = self._admit()
-        if self._taken:
-            self._begin(self._taken)
-            self._taken = []
+        """Take in who fits, then one more token for everybody.
+
+        Newcomers wait until the steps since the last ones' prompts have taken as long as those: what streams
+        is never slowed down by more than half, and many who come one by one are read in few groups.
+        """
+        begun = time.perf_counter()
+        if self._live is None or self._owed <= 0:
+            self._taken = self._admit()
+            if self._taken:
+                self._begin(self._taken)
+                self._taken = []
+                self._owed = time.perf_counter() - begun
         if self._live is None:
             return
-        rows, cells, problem = self._live.rows, self._live.mask.numel(), None
+        begun, rows, cells, problem = time.perf_counter(), self._live.rows, self._live.mask.numel(), None
         try:
             self._step(self._live)
+            self._owed -= time.perf_counter() - begun
         except Exception as error:
             traceback.clear_frames(error.__traceback__)  # they hold tensors
             problem = error

@@ -31,10 +31,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def make(folder: Path, *, hidden: int = 32, layers: int = 2, length: int = 4096) -> Path:
-    """Write the model and its processor into `folder`, which is made.
+def make(folder: Path, *, hidden: int = 32, layers: int = 2, fit: bool = True) -> Path:
+    """Write the model and its processor into `folder`.
 
-    hidden, layers: the size of the language model. length: the most tokens of a prompt and its answer.
+    hidden, layers: the size of the language model. fit: False leaves it random.
     """
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -52,7 +52,7 @@ def make(folder: Path, *, hidden: int = 32, layers: int = 2, length: int = 4096)
             text_config=LlamaConfig(
                 vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden,
                 num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-                max_position_embeddings=length, **special,
+                max_position_embeddings=4096, **special,
             ),
             image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=9,
             vision_feature_select_strategy="default", vision_feature_layer=-2,
@@ -60,7 +60,8 @@ def make(folder: Path, *, hidden: int = 32, layers: int = 2, length: int = 4096)
     )  # fmt: skip
     for name, value in special.items():
         setattr(model.generation_config, name, value)
-    _fit(model, reader)
+    if fit:
+        _fit(model, reader)
     model.eval().save_pretrained(folder)
     reader.save_pretrained(folder)
     return folder

@@ -1,0 +1,182 @@
+"""Questions about pictures from many jobs at once: workers/llava with models of two sizes.
+
+Beside it the naive handler, and in a process of its own transformers with the same questions as one batch.
+What is compared is measured in turn, so that a machine that slows down slows all of it. Every answer is
+checked: it is token for token the offline batch's.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from benchmarks.embeddings import middle
+from benchmarks.harness import HERE, Burst, alone, burst, machine, table, write
+from local import running
+from tools import tiny_llava
+from tools.models import made
+
+WORKER = "llava"
+NAIVE = HERE / "naive" / f"{WORKER}.py"
+JOBS, NAIVE_JOBS, LONE_JOBS, ROUNDS, TOKENS = 32, 8, 8, 5, 128
+SIZE = (800, 600)
+
+
+def make_larger(folder: Path) -> None:
+    tiny_llava.make(folder, hidden=128, layers=4, fit=False)
+
+
+MODELS = {"tiny": ("llava", tiny_llava.make), "larger": ("benchmark-llava", make_larger)}
+
+
+def jobs(count: int) -> list[dict[str, Any]]:
+    """Pictures of four colours; a third of the questions has an answer without an end."""
+    images = []
+    for colour in tiny_llava.ANSWERS:
+        buffer = io.BytesIO()
+        Image.new("RGB", SIZE, colour).save(buffer, "PNG")
+        images.append(base64.b64encode(buffer.getvalue()).decode())
+    questions = [*tiny_llava.QUESTIONS, tiny_llava.ENDLESS]
+    return [
+        {"image": images[number % 4], "prompt": questions[number % 3], "max_tokens": TOKENS}
+        for number in range(count)
+    ]
+
+
+class Bare:
+    """A process with the model and no handler."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def answer(self, asked: Sequence[Mapping[str, Any]]) -> tuple[float, list[str]]:
+        """The seconds that one batch took, and its answers."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        return answer["seconds"], answer["said"]
+
+
+@contextmanager
+def bare(model: str, env: Mapping[str, str]) -> Iterator[Bare]:
+    with subprocess.Popen(
+        [sys.executable, str(HERE / "bare" / f"{WORKER}.py"), model],
+        env={**os.environ, **env},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        yield Bare(process)
+
+
+def measure(model: str) -> dict[str, Any]:
+    # On two cores, a second thread of torch's would be in the way of the platform and the client.
+    env = {"MODEL_NAME": model, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    asked = jobs(JOBS)
+    bursts: dict[int, list[Burst]] = {8: [], JOBS: []}
+    offline: list[float] = []
+    wrong = 0
+    with running(WORKER, env=env) as worker, bare(model, env) as library:
+        library.answer(asked[:4])
+        burst(worker, asked[:4])
+        for number in range(ROUNDS):
+            print(f"  round {number + 1} of {ROUNDS}: {JOBS} pictures offline and as jobs", flush=True)
+            seconds, said = library.answer(asked)
+            offline.append(seconds)
+            for count, found in bursts.items():
+                found.append(burst(worker, asked[:count]))
+                got = [output[0]["response"] for output in found[-1].outputs]
+                wrong += sum(a != b for a, b in zip(got, said[:count], strict=True))
+        lone = [alone(worker, job) for job in asked[:LONE_JOBS]]
+    print(f"  the naive handler, {NAIVE_JOBS} jobs", flush=True)
+    with running(NAIVE, env=env) as worker:
+        burst(worker, asked[:1])
+        slow = burst(worker, asked[:NAIVE_JOBS])
+    return {"ours": bursts, "offline": offline, "lone": lone, "naive": slow, "wrong": wrong}
+
+
+def report(found: dict[str, dict[str, Any]], where: dict[str, str]) -> tuple[str, dict[str, Any]]:
+    verdict = {True: "yes", False: "**no**", None: ""}
+    goals: list[tuple[str, float, str, bool | None]] = []
+    rows: list[tuple[Any, ...]] = []
+    for name, measured in found.items():
+        ours, slow = {count: middle(all_of) for count, all_of in measured["ours"].items()}, measured["naive"]
+        offline = JOBS / statistics.median(measured["offline"])
+        times, part = ours[JOBS].rate / slow.rate, ours[JOBS].rate / offline
+        goals += [
+            (f"{name}: {JOBS} jobs, times the naive handler", times, ">= 15", times >= 15),
+            (f"{name}: {JOBS} jobs, times one offline batch", part, ">= 0.8", part >= 0.8),
+            (f"{name}: 8 jobs, times the naive handler", ours[8].rate / slow.rate, "", None),
+            (f"{name}: answers unlike the offline batch's", measured["wrong"], "0", not measured["wrong"]),
+        ]
+        rows += [
+            (f"{name}: naive handler, {NAIVE_JOBS} jobs", slow.rate, *list(slow.summary().values())[2:]),
+            (f"{name}: this worker, one job at a time", 1 / statistics.median(measured["lone"]), "", "", ""),
+            *(
+                (f"{name}: this worker, {count} jobs", it.rate, *list(it.summary().values())[2:])
+                for count, it in ours.items()
+            ),
+            (f"{name}: {JOBS} questions as one offline batch", offline, "", "", ""),
+        ]
+    text = f"""# LLaVA
+
+Jobs sent at once through `/runsync` of the local platform and the unmodified SDK, one picture of {SIZE[0]} x
+{SIZE[1]} each, answers of up to {TOKENS} tokens. Two models that the project makes itself: a tiny one with two
+layers of 32 dimensions, whose answers have 6 to {TOKENS} tokens, and a random one with four of 128. torch has
+one thread everywhere. Written by `python -m benchmarks llava`. Of {ROUNDS} rounds in turn, the median one.
+
+{table(["", "measured", "aim", "reached"], [(*goal[:3], verdict[goal[3]]) for goal in goals])}
+
+{table(["", "pictures/s", "p50, s", "p95, s", "slowest, s"], rows)}
+
+The naive handler gets fewer jobs because it does at most one a second, however long the queue is. The offline
+batch is timed from base64 to texts, and has the machine to itself; platform, client and worker share it.
+
+{table(["machine", ""], list(where.items()))}
+
+Not measured: a GPU, for want of one, and LLaVA's own weights.
+"""
+    numbers = {
+        "machine": where,
+        "models": {
+            name: {
+                "naive": measured["naive"].summary(),
+                "ours_per_second": {count: [b.rate for b in bs] for count, bs in measured["ours"].items()},
+                "lone_seconds": measured["lone"],
+                "offline_per_second": [JOBS / seconds for seconds in measured["offline"]],
+            }
+            for name, measured in found.items()
+        },
+        "goals": [
+            {"what": what, "measured": value, "aim": aim, "reached": reached}
+            for what, value, aim, reached in goals
+        ],
+    }
+    return text, numbers
+
+
+def main() -> None:
+    where = machine("torch", "transformers", "runpod")
+    found = {}
+    for name, (folder, make) in MODELS.items():
+        print(f"The {name} model", flush=True)
+        found[name] = measure(str(made(folder, make)))
+    write("llava", *report(found, where))
+
+
+if __name__ == "__main__":
+    main()
