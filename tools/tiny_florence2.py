@@ -46,29 +46,38 @@ ANSWERS = {
 COLOURS = ("red", "blue")
 
 
-def make(folder: Path, *, width: int = 320, image_size: int = 64, window: int = 4) -> Path:
-    """Write the model and its processor into `folder`, which is made.
+def make(
+    folder: Path,
+    *,
+    image_size: int = 64,
+    window: int = 4,
+    channels: tuple[int, int, int, int] = (8, 8, 16, 16),
+    layers: int = 1,
+) -> Path:
+    """Write the model and its processor into `folder`.
 
-    width: of the language model; at least the number of tokens in all answers, or they are not exact.
-    image_size: pixels a side, a multiple of 32 * window.
+    image_size: pixels a side, a multiple of 32. window: of the vision tower's attention. channels: of its
+    four stages. layers: of the language model's encoder, and of its decoder.
     """
     import torch
     from transformers import BartConfig, Florence2Config, Florence2ForConditionalGeneration
 
     torch.manual_seed(0)
+    width = 320  # more than there are tokens in all answers, or they could not be exact
     processor = _processor(image_size)
     tokenizer = processor.tokenizer
     ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
     config = Florence2Config(
         vision_config={
-            "depths": [1] * 4, "embed_dim": [8, 8, 16, 16], "num_heads": [1, 1, 2, 2],
+            "depths": [1] * 4, "embed_dim": list(channels), "num_heads": [1, 1, 2, 2],
             "num_groups": [1, 1, 2, 2], "window_size": window, "projection_dim": width,
             "drop_path_rate": 0.0, "initializer_range": 0.3,
             "max_temporal_embeddings": 10, "max_position_embeddings": 10,
         },
         text_config=BartConfig(
-            vocab_size=len(tokenizer), d_model=width, encoder_layers=1, decoder_layers=1, init_std=0.1,
-            encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
+            vocab_size=len(tokenizer), d_model=width, init_std=0.1,
+            encoder_layers=layers, decoder_layers=layers, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
             max_position_embeddings=1024, tie_word_embeddings=False, **ids,
         ).to_dict(),
         image_token_id=tokenizer.image_token_id,
@@ -121,23 +130,27 @@ def _processor(image_size: int) -> Any:
 
 
 def _teach(model: Any, processor: Any, image_size: int) -> None:
-    """Set the last layer so that it gives ANSWERS."""
+    """Set the last layer so that it gives ANSWERS, and soon an end to what it does not know."""
     import torch
     from PIL import Image
 
+    # One number of the decoder's states is always 1: a token's weight for it is how likely it is in any case.
+    norm = model.model.language_model.decoder.layers[-1].final_layer_norm
     states, targets = [], []
     with torch.inference_mode():
+        norm.weight[0], norm.bias[0] = 0.0, 1.0
         for prompt, pair in ANSWERS.items():
             for colour, answer in zip(COLOURS, pair, strict=True):
-                inputs = processor(
-                    text=prompt, images=Image.new("RGB", (image_size,) * 2, colour), return_tensors="pt"
-                )
+                picture = Image.new("RGB", (image_size, image_size), colour)
+                inputs = processor(text=prompt, images=picture, return_tensors="pt")
                 tokens = [2, 0, *processor.tokenizer(answer, add_special_tokens=False)["input_ids"], 2]
                 outputs = model.model(**inputs, decoder_input_ids=torch.tensor([tokens[:-1]]))
                 states.append(outputs.last_hidden_state[0])
                 targets += tokens[1:]
-        rows = torch.cat(states).double()
+        rows = torch.cat(states).double()[:, 1:]
         wanted = torch.zeros(len(targets), model.lm_head.out_features, dtype=torch.double)
         wanted[torch.arange(len(targets)), targets] = 20.0
-        solution = torch.linalg.lstsq(rows, wanted, driver="gelsd").solution
-        model.lm_head.weight.copy_(solution.T.float())
+        wanted[:, 2] -= 15.0
+        weights = torch.linalg.lstsq(rows, wanted, driver="gelsd").solution.T.float()
+        model.lm_head.weight.copy_(torch.cat([torch.zeros(len(weights), 1), weights], dim=1))
+        model.lm_head.weight[2, 0] = 15.0
