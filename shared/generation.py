@@ -29,6 +29,7 @@ import traceback
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,6 +45,7 @@ FinishReason = Literal["stop", "length"]
 
 CPU_BUDGET = 32768  # tokens in the cache; on a GPU it is what the free memory holds
 PREFILL_TOKENS = 8192  # of prompts read at once: rows that stream wait meanwhile
+ROOM = 64  # columns by which the cache grows
 # What has a column for each token of a prompt. Everything else is joined along its first dimension.
 _BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
@@ -321,6 +323,44 @@ class _Batch:
         self.tokens = torch.cat([self.tokens, other.tokens])
         for ours, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
             ours.keys, ours.values = joined(ours.keys, theirs.keys, 2), joined(ours.values, theirs.values, 2)
+
+
+@cache
+def _roomy_layer() -> type[Any]:
+    from transformers.cache_utils import DynamicLayer
+
+    class RoomyLayer(DynamicLayer):  # type: ignore[misc]
+        """Grows in place, ROOM columns at a time; transformers' own is copied for every token."""
+
+        keys: Any
+        values: Any
+        space: tuple[torch.Tensor, ...] = ()
+        view: torch.Tensor | None = None  # of the space; `keys` is another tensor when rows came or went
+
+        def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> Any:
+            if not self.is_initialized:
+                self.lazy_initialization(keys, values)
+            begin = self.get_seq_length()
+            end = begin + keys.shape[2]
+            if self.view is not self.keys or end > self.space[0].shape[2]:
+                sizes = [(*new.shape[:2], end + ROOM, new.shape[3]) for new in (keys, values)]
+                self.space = tuple(keys.new_empty(size) for size in sizes)
+                if begin:
+                    self.space[0][:, :, :begin], self.space[1][:, :, :begin] = self.keys, self.values
+            self.space[0][:, :, begin:end], self.space[1][:, :, begin:end] = keys, values
+            self.keys, self.values = (space[:, :, :end] for space in self.space)
+            self.view = self.keys
+            return self.keys, self.values
+
+    return RoomyLayer
+
+
+def _roomy_cache(model: PreTrainedModel) -> Any:
+    from transformers import DynamicCache
+
+    made = DynamicCache(config=model.config)
+    made.layers = [_roomy_layer()() for _ in made.layers]
+    return made
 
 
 def joins(model: PreTrainedModel) -> bool:
@@ -633,7 +673,10 @@ class Generator:
         if mask is None:
             mask = torch.ones_like(inputs["input_ids"])
         places = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        output = self.model(**inputs, position_ids=places, use_cache=True, **self._last_only)
+        output = self.model(
+            **inputs, position_ids=places, past_key_values=_roomy_cache(self.model), use_cache=True,
+            **self._last_only,
+        )  # fmt: skip
         batch = _Batch(rows, output.past_key_values, mask, inputs["input_ids"][:, :0])
         if self._settle(batch, output.logits[:, -1]):
             if self._live:

@@ -126,6 +126,19 @@ async def test_greedy_answers_are_those_of_generate(engine: Generator, model: An
     assert {"stop", "length"} == {answer.finish_reason for answer in answers}, "both ends are tested"
 
 
+async def test_a_long_answer_is_that_of_generate(engine: Generator, model: Any) -> None:
+    """Longer than the cache grows at a time, alone and with a neighbour that ends before."""
+    inputs = prompt(3, 4)
+    wanted = by_generate(model, inputs, 200, eos_token_id=None)
+    engine._ends = frozenset()
+    assert await ask(engine, inputs, Sampling(200)) == wanted
+    long, _ = await asyncio.gather(
+        ask(engine, inputs, Sampling(200)), ask(engine, prompt(*range(2, 90)), Sampling(70))
+    )
+    assert long == wanted
+    assert wanted.tokens == 200
+
+
 @pytest.mark.parametrize("kind", ["joining", "together"])
 async def test_neighbours_change_nothing(kind: str, model: Any) -> None:
     """Mixed settings, arriving in the middle of each other's answers, streamed and not."""
