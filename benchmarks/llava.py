@@ -134,10 +134,10 @@ def report(found: dict[str, dict[str, Any]], where: dict[str, str]) -> tuple[str
         ]
     text = f"""# LLaVA
 
-Jobs sent at once through `/runsync` of the local platform and the unmodified SDK, one picture of {SIZE[0]} x
-{SIZE[1]} each, answers of up to {TOKENS} tokens. Two models that the project makes itself: a tiny one with two
-layers of 32 dimensions, whose answers have 6 to {TOKENS} tokens, and a random one with four of 128. torch has
-one thread everywhere. Written by `python -m benchmarks llava`. Of {ROUNDS} rounds in turn, the median one.
+Jobs sent at once through `/runsync` of the local platform and the unmodified SDK, one picture of {SIZE[0]}
+x {SIZE[1]} each, answers of up to {TOKENS} tokens. Two models that the project makes itself: a tiny one with
+two layers of 32 dimensions, whose answers have 6 to {TOKENS} tokens, and a random one with four of 128. torch
+has one thread everywhere. Written by `python -m benchmarks llava`. Of {ROUNDS} rounds in turn, the median one.
 
 {table(["", "measured", "aim", "reached"], [(*goal[:3], verdict[goal[3]]) for goal in goals])}
 
