@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("embeddings", "huggingface", "retrieval")
+NAMES = ("embeddings", "florence2", "huggingface", "llava", "retrieval")
 
 
 def main() -> None:
