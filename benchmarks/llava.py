@@ -116,7 +116,10 @@ def report(found: dict[str, dict[str, Any]], where: dict[str, str]) -> tuple[str
     for name, measured in found.items():
         ours, slow = {count: middle(all_of) for count, all_of in measured["ours"].items()}, measured["naive"]
         offline = JOBS / statistics.median(measured["offline"])
-        times, part = ours[JOBS].rate / slow.rate, ours[JOBS].rate / offline
+        times = ours[JOBS].rate / slow.rate
+        # Round by round: both had the same machine.
+        rounds = zip(measured["ours"][JOBS], measured["offline"], strict=True)
+        part = statistics.median(seconds / jobs.seconds for jobs, seconds in rounds)
         goals += [
             (f"{name}: {JOBS} jobs, times the naive handler", times, ">= 15", times >= 15),
             (f"{name}: {JOBS} jobs, times one offline batch", part, ">= 0.8", part >= 0.8),
@@ -137,7 +140,7 @@ def report(found: dict[str, dict[str, Any]], where: dict[str, str]) -> tuple[str
 Jobs sent at once through `/runsync` of the local platform and the unmodified SDK, one picture of {SIZE[0]}
 x {SIZE[1]} each, answers of up to {TOKENS} tokens. Two models that the project makes itself: a tiny one with
 two layers of 32 dimensions, whose answers have 6 to {TOKENS} tokens, and a random one with four of 128. torch
-has one thread everywhere. Written by `python -m benchmarks llava`. Of {ROUNDS} rounds in turn, the median one.
+has one thread everywhere. Written by `python -m benchmarks llava`. Of {ROUNDS} rounds in turn, the median.
 
 {table(["", "measured", "aim", "reached"], [(*goal[:3], verdict[goal[3]]) for goal in goals])}
 
