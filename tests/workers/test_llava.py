@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -170,14 +171,13 @@ def test_what_openai_has_and_this_worker_has_not_is_refused(llava: ModuleType) -
 # ---- the worker in this process ------------------------------------------------------------------------
 
 
-def prepared(**env: str) -> ModuleType:
-    """The handler's module as `prepare()` leaves it."""
+def prepared(**env: str) -> tuple[ModuleType, Any]:
+    """The handler's module as `prepare()` leaves it, and the configuration for the SDK."""
     module = load_handler("llava")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**local_env("llava"), **env}.items():
             patch.setenv(name, value)
-        module.prepare()
-    return module
+        return module, module.prepare()
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,8 @@ def worker() -> Iterator[ModuleType]:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors this small are much slower on two
-    module = prepared()
+    module, config = prepared()
+    assert config["handler"] is module.handler
     yield module
     module.engine.generator.close()
     torch.set_num_threads(threads)
@@ -459,6 +460,34 @@ async def test_a_template_that_refuses(worker: ModuleType, monkeypatch: pytest.M
 
 
 @engine
+async def test_a_template_that_takes_lists_from_users_only(
+    worker: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Pixtral's does; LLaVA's own takes nothing but lists."""
+    template = (
+        "{% for message in messages %}{% if message['role'] == 'user' %}"
+        "{% for part in message['content'] %}"
+        "{{ '<image>' if part['type'] == 'image' else '[' + part['text'] + ']' }}{% endfor %}"
+        "{% elif message['role'] == 'assistant' %}{{ message['content'] + '</s>' }}"
+        "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+    )
+    processor = worker.engine.processor
+    assert worker.engine.lists
+    assert worker.takes_lists(processor)
+    chat = native(worker, messages=[
+        {"role": "system", "content": "Be brief."}, *talk("red", "What?"),
+        {"role": "assistant", "content": [text("A "), text("car.")]}, {"role": "user", "content": "Why?"},
+    ])  # fmt: skip
+    own = await worker.engine.read(chat)
+    assert "Be brief. USER: <image>" in processor.decode(own["input_ids"][0])
+    monkeypatch.setattr(processor, "chat_template", template)
+    assert not worker.takes_lists(processor)
+    other = await replace(worker.engine, lists=False).read(chat)
+    marks = "<image>" * 9
+    assert processor.decode(other["input_ids"][0]) == f"<s>Be brief.{marks}[What?]A car.</s>[Why?]"
+
+
+@engine
 async def test_too_many_tokens(worker: ModuleType) -> None:
     """The tiny model takes 4096; a letter is a token here."""
     long = await error(worker, image=png("red"), prompt="\u00e9" * 3000)
@@ -577,7 +606,10 @@ async def test_without_streaming_the_answer_is_the_object_itself(worker: ModuleT
 async def test_settings_reach_the_engine(worker: ModuleType) -> None:
     before = worker.engine
     try:
-        prepared(MAX_MODEL_LEN="60", MAX_BATCH_SIZE="1", MAX_BATCH_TOKENS="64", PREWARM="false")
+        _, config = prepared(
+            MAX_MODEL_LEN="60", MAX_BATCH_SIZE="1", MAX_BATCH_TOKENS="64", STREAMING="false", PREWARM="false"
+        )
+        assert config["handler"] is worker.plain_handler
         answers = await asyncio.gather(*(send(worker, image=png("red"), prompt=WHAT) for _ in range(3)))
         assert {answer["response"] for answer in answers} == {said("red")}
         problem = json.loads((await send(worker, image=png("red"), max_tokens=50))["error"])
@@ -622,7 +654,9 @@ def test_models_that_cannot_serve_are_refused(
 
 @pytest.fixture(scope="module")
 def platform() -> Iterator[Platform]:
-    with running("llava", env={**local_env("llava"), "OMP_NUM_THREADS": "1"}) as platform:
+    # One thread, since tensors this small are much slower on two.
+    env = {**local_env("llava"), "OMP_NUM_THREADS": "1", "MAX_BATCH_TOKENS": "4200"}
+    with running("llava", env=env) as platform:
         yield platform
 
 
@@ -674,16 +708,16 @@ def test_jobs_of_many_clients(platform: Platform) -> None:
 
 @engine
 def test_cancelling_a_job_frees_the_worker(platform: Platform) -> None:
-    """With the SDK's own way of hearing of it: its place is free within a second of that."""
-    endless = {"image": png("red"), "prompt": ENDLESS, "max_tokens": 4000, "stream": True}
+    """The endless answer has the whole cache to itself, and would take ten seconds and more."""
+    endless = {"image": png("red"), "prompt": ENDLESS, "max_tokens": 4050, "stream": True}
     name = post(platform, "run", input=endless)["id"]
     begun = time.monotonic()
     while not get(platform, f"stream/{name}")["stream"]:
         assert time.monotonic() - begun < 60
     post(platform, f"cancel/{name}")
     begun = time.monotonic()
-    answer = post(platform, "runsync", input={"image": png("red"), "prompt": WHAT})
+    answer = post(platform, "runsync", input={"image": png("red"), "prompt": WHAT, "max_tokens": 200})
     assert answer["output"][0]["response"] == said("red")
-    health = get(platform, "health")
-    assert health["jobs"]["inProgress"] == 0, health
-    assert time.monotonic() - begun < 5, "the machine may be busy"
+    # A second, and some for a busy machine.
+    assert time.monotonic() - begun < 3
+    assert get(platform, f"status/{name}")["status"] == "CANCELLED"

@@ -24,7 +24,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -218,6 +218,7 @@ class Engine:
     name: str
     served: tuple[str, ...]
     revision: str | None
+    lists: bool  # see takes_lists
     # Pictures are decoded and measured here, beside the model. As many jobs as it has threads hold whole
     # pictures in memory.
     readers: ThreadPoolExecutor = field(
@@ -247,10 +248,13 @@ class Engine:
         from jinja2 import TemplateError
 
         pictures = zip(chat.pictures, data, strict=True)
-        talk = [
-            {"role": role, "content": [self._part(part, chat.param, pictures) for part in parts]}
-            for role, parts in chat.turns
-        ]
+        talk: list[dict[str, Any]] = []
+        for role, parts in chat.turns:
+            content = [self._part(part, chat.param, pictures) for part in parts]
+            if role == "user" or self.lists:
+                talk.append({"role": role, "content": content})
+            else:
+                talk.append({"role": role, "content": "".join(part["text"] for part in content)})
         try:
             # Pictures only: the processor would open addresses and paths itself.
             inputs = self.processor.apply_chat_template(
@@ -270,6 +274,22 @@ class Engine:
                 message = f"{mark!r} stands for a picture in this model's prompts. Take it out of the text."
                 raise _wrong(param, "reserved_text", message)
         return {"type": "text", "text": part}
+
+
+def takes_lists(processor: Any) -> bool:
+    """Whether the model's template takes lists of parts from everybody, not only from users."""
+    from jinja2 import TemplateError
+
+    def says(role: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": "hello"}]}
+
+    try:
+        shown = processor.apply_chat_template([says("user"), says("assistant"), says("user")])
+        with suppress(TemplateError):  # some have no system messages at all
+            shown += processor.apply_chat_template([says("system"), says("user")])
+    except (TemplateError, TypeError):
+        return False
+    return "'type'" not in shown
 
 
 def _at_least(image: Image) -> Image:
@@ -316,7 +336,7 @@ def load(settings: Settings) -> Engine:
         max_length=settings.max_model_len,
     )
     served = (settings.public_name, settings.model_name)
-    return Engine(generator, processor, settings.public_name, served, found.revision)
+    return Engine(generator, processor, settings.public_name, served, found.revision, takes_lists(processor))
 
 
 engine: Engine
