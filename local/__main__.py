@@ -149,8 +149,9 @@ def main(argv: list[str] | None = None) -> int:
             sub.add_argument("--verbose", action="store_true", help="print the worker's log")
             sub.set_defaults(workers=1)
     arguments = parser.parse_args(argv)
-    # Whoever ends this politely gets what Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Whoever ends this politely gets what Ctrl-C does; a shell's background jobs begin with SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         status: int = arguments.command(arguments, find_handler(arguments.worker))
     except (FileNotFoundError, WorkerFailed, TimeoutError, OSError) as error:
