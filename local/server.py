@@ -329,7 +329,12 @@ def _openai_error(job: Job) -> Any:
 
 
 def _json(body: Any, status: int = 200) -> web.Response:
-    return _json_text(json.dumps(body, ensure_ascii=False), status)
+    text = json.dumps(body, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(body)  # half a surrogate pair, which JSON can name and UTF-8 cannot hold
+    return _json_text(text, status)
 
 
 def _json_text(text: str, status: int = 200) -> web.Response:
