@@ -436,7 +436,7 @@ class Generator:
         self._max_rows, self._budget = max_rows, budget or cache_budget(model)
         self._joins = joins(model)
         self._penalty: float = model.generation_config.repetition_penalty or 1.0
-        self._dead: JobError | None = None
+        self._dead: Exception | None = None
         self._last_only = (
             {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         )
@@ -517,29 +517,31 @@ class Generator:
             row.over = True
 
     def close(self) -> None:
-        """Let the thread end after the step that it is at. What still runs is dropped without a word."""
+        """Let the thread end after the step that it is at. What still runs, and what comes later, fails."""
         self._incoming.put(None)
 
     # -- on the engine's thread
 
     def _work(self) -> None:
+        end: Exception = RuntimeError("the generator was closed")
         try:
             self._run()
         except BaseException as error:
-            # Who comes later finds _dead: it is set before the queue is read for the last time.
-            self._dead = JobError(
+            end = JobError(
                 f"The engine of this worker stopped ({type(error).__name__}). Send the job again: the worker "
                 "is being replaced.",
                 code=ENGINE_DIED,
                 type="server_error",
             )
             log.critical("the engine stopped", exc_info=error)
-            rows = [*(self._live.rows if self._live else ()), *self._taken, *self._waiting]
-            while not self._incoming.empty():
-                rows += [row for row in (self._incoming.get(),) if row is not None]
-            for row in rows:
-                if not row.over:
-                    row.tell(self._dead)
+        # Who comes later finds _dead: it is set before the queue is read for the last time.
+        self._dead = end
+        rows = [*(self._live.rows if self._live else ()), *self._taken, *self._waiting]
+        while not self._incoming.empty():
+            rows += [row for row in (self._incoming.get(),) if row is not None]
+        for row in rows:
+            if not row.over:
+                row.tell(end)
 
     def _run(self) -> None:
         import torch

@@ -405,3 +405,20 @@ def test_the_room_for_an_answer(engine: Generator) -> None:
             engine.fit(*sizes, default=512, param="prompt")
         assert caught.value.code == "too_long"
         assert all(number in caught.value.message for number in numbers)
+
+
+async def test_a_closed_engine_answers_nobody_and_keeps_nobody_waiting(model: Any) -> None:
+    engine = Generator(model, Letters())  # type: ignore[arg-type]
+
+    async def read() -> None:
+        async for _ in engine.stream(prompt(5, 6, 7), Sampling(max_tokens=1500)):
+            started.set()
+
+    started = asyncio.Event()
+    running = asyncio.create_task(read())
+    await asyncio.wait_for(started.wait(), 20)
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        await asyncio.wait_for(running, 20)
+    with pytest.raises(RuntimeError, match="closed"):
+        await asyncio.wait_for(read(), 20)
