@@ -84,9 +84,6 @@ def run(prepare: Callable[[], Config], *, worker: str) -> Config:
     # The SDK's default, DEBUG, writes every input and output into the log.
     if "RUNPOD_DEBUG_LEVEL" not in os.environ:
         os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
-    # torch's threads wait for each other by spinning, which takes the cores from what runs beside the model,
-    # and so from each other: on a busy machine batches took ten times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     use_volume()
     log_versions(worker)
     # A thread's import is lost time regained: most of the SDK's is a wait for another process. If it fails

@@ -208,4 +208,3 @@ def test_a_good_start_returns_the_configuration_and_logs_it(capsys: pytest.Captu
     assert "versions worker=w python=" in out
     assert "phase=ready" in out
     assert os.environ["RUNPOD_LOG_LEVEL"] == "INFO"
-    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"

@@ -165,6 +165,23 @@ def test_remote_code_cannot_be_switched_on(monkeypatch: pytest.MonkeyPatch) -> N
         read_settings(worker.Settings)
 
 
+def test_torchs_threads_do_not_spin_unless_they_are_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def run(prepare: object, worker: str) -> None:
+        seen.append(os.environ["OMP_WAIT_POLICY"])
+        raise SystemExit
+
+    monkeypatch.setattr(worker.startup, "run", run)
+    for given in ("ACTIVE", None):
+        monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+        if given is None:
+            monkeypatch.delenv("OMP_WAIT_POLICY")
+        with pytest.raises(SystemExit):
+            worker.main()
+    assert seen == ["ACTIVE", "PASSIVE"]
+
+
 def picture(width: int, height: int, small: Image.Image | None = None) -> Any:
     return worker.Picture(None, width, height, small)
 

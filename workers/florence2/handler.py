@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -549,6 +550,9 @@ def prepare() -> dict[str, Any]:
 
 
 def main() -> None:
+    # torch's threads wait for each other by spinning, which takes the cores from the pictures that are
+    # decoded beside the model, and so from each other: on a busy machine batches took ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     config = startup.run(prepare, worker="florence2")
     import runpod
 
