@@ -200,4 +200,4 @@ def write(name: str, text: str, numbers: Mapping[str, Any]) -> None:
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.md").write_text(text)
     (folder / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    print(f"\n{text}\nWritten to {folder.relative_to(ROOT)}/{name}.md, .json and .png")
+    print(f"\n{text}\nWritten to {folder.relative_to(ROOT)}/{name}.md and .json")

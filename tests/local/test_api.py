@@ -184,6 +184,11 @@ def test_unknown_jobs_and_routes(echo: Client) -> None:
     assert echo("GET", "openai/v2/models").status_code == 404
 
 
+def test_half_a_surrogate_pair_does_not_keep_a_job_from_its_worker(echo: Client) -> None:
+    answer = echo.runsync(**{"text": "a\ud83d", "return": "error"})
+    assert (answer["status"], answer["error"]) == ("FAILED", "no luck"), "it ran, and said so"
+
+
 def test_what_becomes_of_odd_results(echo: Client) -> None:
     raised = echo.runsync(**{"raise": "oh no"})
     assert raised["status"] == "FAILED"

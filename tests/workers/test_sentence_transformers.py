@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from shared import jobs
 from shared.embeddings import Encoder, shape, shortest, written
 from shared.errors import JobError
 from tools.models import local_env, minilm
-from tools.workers import load_handler
+from tools.workers import ROOT, load_handler
 
 pytestmark = pytest.mark.engine
 
@@ -413,6 +414,25 @@ def test_make_run_shows_it_and_ends_well() -> None:
     assert shown.returncode == 0, shown.stderr
     for part in ("Cold start", "384 dimensions", "1.00", "by the openai client", "It works."):
         assert part in shown.stdout
+
+
+def test_the_sdks_own_test_input_runs_it_without_a_platform() -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RUNPOD_")}
+    env |= {"PYTHONPATH": str(ROOT), **local_env("sentence-transformers")}
+    command = [
+        sys.executable,
+        "-u",
+        "handler.py",
+        "--test_input",
+        '{"input": {"text": "a", "dimensions": 2}}',
+    ]
+    shown = subprocess.run(
+        command, cwd=ROOT / "workers/sentence-transformers", env=env,
+        capture_output=True, text=True, timeout=150, check=False,
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    assert "completed successfully" in shown.stdout
+    assert "phase=ready" in shown.stdout
 
 
 def test_a_model_that_does_not_exist_is_told_to_every_job() -> None:
