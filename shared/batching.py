@@ -4,7 +4,8 @@
     vectors = await batcher.submit(token_lists)          # in the order of the items
 
 No timers: an idle engine starts on the loop's next turn with what came in this one; while it runs, items
-gather, and the next batch is formed at the moment the engine is free.
+gather, and the next batch is formed at the moment the engine is free. With several lanes the engine is free
+while fewer batches than that are running.
 
 Packing. A batch holds items of one key and costs what its padded form holds: longest item times number of
 items, at most `budget`; a longer item runs alone. The item that has waited longest leads: it and the next
@@ -65,14 +66,15 @@ def constant(item: object) -> Hashable:
 
 
 class Batcher(Generic[Item, Result]):
-    """Collects the items of concurrent submit() calls into batches and runs them on one thread of its own.
+    """Collects the items of concurrent submit() calls into batches and runs them on threads of its own.
 
     run: called on that thread with items of one key; returns one result for each, in their order.
     budget: the most that a batch may cost, in the unit of `length` (tokens, pixels, seconds).
     length: what an item costs alone; below 1 counts as 1.
     key: items share a batch only where their keys are equal (sampling parameters, task).
     max_items: the most items in a batch whatever they cost; None: no such limit.
-    window: how many budgets of one submit() may be in the queue at once. name: the thread's.
+    window: how many budgets of one submit() may be in the queue at once. lanes: how many batches may run at
+    a time, each on a thread; `running` says how many do. name: the threads'.
 
     Each submit() uses the running event loop; another loop may follow when the last has closed or nothing
     waits on it. Not for calls from several threads at once.
@@ -87,19 +89,22 @@ class Batcher(Generic[Item, Result]):
         key: Callable[[Item], Hashable] = constant,
         max_items: int | None = None,
         window: int = 4,
+        lanes: int = 1,
         name: str = "engine",
     ) -> None:
         self._max_items = budget if max_items is None else min(max_items, budget)
-        if min(budget, self._max_items, window) < 1:
-            raise ValueError("budget, max_items and window must be at least 1")
+        if min(budget, self._max_items, window, lanes) < 1:
+            raise ValueError("budget, max_items, window and lanes must be at least 1")
         self._run, self._length, self._key = run, length, key
         self._budget, self._window = budget, window * budget
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._lanes = lanes
+        self._threads = ThreadPoolExecutor(lanes, thread_name_prefix=name)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: list[_Entry] = []
         self._halves: list[list[_Entry]] = []
         self._formed = 0
-        self._busy = False  # a batch is on the thread, or _next is on its way
+        self.running = 0
+        self._due = False  # _next is on its way
         self._closed = False
 
     async def submit(self, items: Sequence[Item]) -> list[Result]:
@@ -119,16 +124,16 @@ class Batcher(Generic[Item, Result]):
             job.rest.append(_Entry(job, index, item, self._key(item), length, max(length, share)))
         job.rest.sort(key=lambda entry: (entry.length, -entry.index))
         self._feed(job)
-        if not self._busy:
-            self._busy = True
+        if self.running < self._lanes and not self._due:
+            self._due = True
             loop.call_soon(self._next)
         results: list[Result] = await job.done
         return results
 
     def close(self) -> None:
-        """Fail what waits and let the thread end; items that run are still answered."""
+        """Fail what waits and let the threads end; items that run are still answered."""
         self._closed = True
-        self._thread.shutdown(wait=False)
+        self._threads.shutdown(wait=False)
         self._drop()
 
     def _bind(self) -> asyncio.AbstractEventLoop:
@@ -136,9 +141,10 @@ class Batcher(Generic[Item, Result]):
         if self._closed:
             raise RuntimeError("the batcher is closed")
         if loop is not self._loop:
-            if self._busy and self._loop and not self._loop.is_closed():
+            if (self.running or self._due) and self._loop and not self._loop.is_closed():
                 raise RuntimeError("the batcher is in use on another event loop")
-            self._loop, self._waiting, self._halves, self._busy = loop, [], [], False
+            self._loop, self._waiting, self._halves = loop, [], []
+            self.running, self._due = 0, False
         return loop
 
     def _feed(self, job: _Job) -> None:
@@ -155,16 +161,20 @@ class Batcher(Generic[Item, Result]):
         self._waiting, self._halves = [], []
 
     def _next(self) -> None:
-        """Hand the free engine its next batch."""
+        """Hand each free lane its next batch."""
+        self._due = False
         if self._closed:
             return self._drop()
+        while self.running < self._lanes and (batch := self._again() or self._form()):
+            self.running += 1
+            self._threads.submit(self._work, batch)
+
+    def _again(self) -> list[_Entry]:
+        """Take the next half of a batch that has failed; empty if none is left."""
         batch: list[_Entry] = []
         while self._halves and not batch:
             batch = [entry for entry in self._halves.pop() if not entry.job.done.done()]
-        batch = batch or self._form()
-        self._busy = bool(batch)
-        if batch:
-            self._thread.submit(self._work, batch)
+        return batch
 
     def _form(self) -> list[_Entry]:
         """Take the next batch out of the queue; empty if nobody waits."""
@@ -181,7 +191,7 @@ class Batcher(Generic[Item, Result]):
         return batch
 
     def _work(self, batch: list[_Entry]) -> None:
-        """On the engine thread. Every way out reports to the loop: no job may wait for ever."""
+        """On an engine thread. Every way out reports to the loop: no job may wait for ever."""
         outcome: list[Result] | BaseException
         try:
             outcome = list(self._run([entry.item for entry in batch]))
@@ -196,6 +206,7 @@ class Batcher(Generic[Item, Result]):
 
     def _settle(self, batch: list[_Entry], outcome: list[Result] | BaseException) -> None:
         """Answer what has run, or split what has failed, and go on."""
+        self.running -= 1
         if isinstance(outcome, Exception) and len(batch) > 1:
             half = len(batch) // 2
             self._halves += [batch[half:], batch[:half]]

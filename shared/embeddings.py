@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field, field_validator
 from shared import openai_api, prewarm
 from shared.batching import Batcher
 from shared.errors import JobError
-from shared.hardware import pick_device
+from shared.hardware import cpu_lanes, pick_device, share_cores
 from shared.jobs import Request, check_size, current_job
 from shared.settings import WorkerSettings
 from shared.volume import ModelPath
@@ -160,11 +160,13 @@ class Encoder:
         self._left_padding = getattr(self._tokenizer, "padding_side", "right") == "left"
         self._pad: int = getattr(self._tokenizer, "pad_token_id", None) or 0
         self._skips_prompt = any(getattr(part, "include_prompt", True) is False for part in model)
+        self._lanes = cpu_lanes(model.device)
         self._batcher: Batcher[Text, np.ndarray] = Batcher(
             self._run,
             budget=budget,
             length=lambda text: len(text.tokens),
             key=lambda text: text.prompt_tokens,
+            lanes=self._lanes,
         )
 
     def _special_tokens(self) -> tuple[list[int], list[int], bool]:
@@ -314,9 +316,10 @@ class Encoder:
         return np.stack(rows)
 
     def _run(self, texts: list[Text]) -> list[np.ndarray]:
-        """One forward pass, on the engine thread."""
+        """One forward pass, on an engine thread."""
         import torch
 
+        share_cores(self._lanes, self._batcher.running)
         if not self.takes_tokens:
             rows = self.model.encode(
                 [text.text for text in texts], prompt="", batch_size=len(texts), convert_to_tensor=True

@@ -34,3 +34,23 @@ def pick_device(settings: WorkerSettings) -> tuple[torch.device, torch.dtype]:
         return device, torch.float32
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return device, torch.bfloat16 if bf16 else torch.float16
+
+
+def cpu_lanes(device: torch.device) -> int:
+    """How many batches to run at a time: on CPU one for each of torch's threads, on a GPU one.
+
+    Threads that share a batch wait for each other after every operation, and for whoever else has a core
+    meanwhile: two batches on a thread each were 1.05 times as fast as one after the other on two, on an
+    otherwise idle machine, and more beside a busy event loop (benchmarks/results/embeddings.md).
+    """
+    import torch
+
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
+def share_cores(lanes: int, running: int) -> None:
+    """Give the calling thread its share of the cores: all, while its batch is the only one of `running`."""
+    if lanes > 1:
+        import torch
+
+        torch.set_num_threads(max(1, lanes // max(1, running)))

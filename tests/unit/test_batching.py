@@ -232,6 +232,40 @@ async def test_a_busy_engine_has_no_gaps() -> None:
     assert statistics.quantiles(gaps, n=4)[0] < 0.002
 
 
+# Lanes
+
+
+async def test_each_lane_runs_a_batch_and_what_comes_later_waits_for_one() -> None:
+    together = threading.Barrier(3)  # two batches on their threads, and this test
+    gate = threading.Semaphore(0)
+    ran: list[tuple[int, list[str]]] = []
+
+    def run(items: list[Text]) -> list[Text]:
+        ran.append((batcher.running, [item.name for item in items]))
+        if len(ran) <= 2:
+            together.wait(10)
+        assert gate.acquire(timeout=10)
+        return items
+
+    batcher: Batcher[Text, Text] = Batcher(run, budget=BUDGET, length=lambda item: item.length, lanes=2)
+    first = [asyncio.ensure_future(batcher.submit([Text(name, BUDGET)])) for name in "ab"]
+    await asyncio.to_thread(together.wait, 10)
+    late = [asyncio.ensure_future(batcher.submit([Text(name, 10)])) for name in "cd"]
+    await asyncio.sleep(0.01)
+    assert (len(ran), batcher.running) == (2, 2)
+    gate.release(3)
+    await asyncio.gather(*first, *late)
+    assert sorted(names for _, names in ran) == [["a"], ["b"], ["c", "d"]]
+    assert batcher.running == 0
+
+
+async def test_a_poisoned_batch_of_one_lane_leaves_the_others_alone() -> None:
+    engine = Engine(poison=[3, 5])
+    items = [Text(n, 20) for n in range(20)]
+    answers = await together(engine.batcher(lanes=3), items)
+    assert answers == [engine.error if item.name in (3, 5) else item for item in items]
+
+
 # Order, identity and cancellation
 
 arrivals = st.lists(
@@ -245,14 +279,17 @@ arrivals = st.lists(
 )
 
 
-@given(arrivals, st.integers(1, 3), st.none() | st.integers(1, 5), st.sets(st.integers(0, 24)))
+@given(
+    arrivals, st.integers(1, 3), st.none() | st.integers(1, 5), st.sets(st.integers(0, 24)), st.integers(1, 3)
+)
 @settings(max_examples=150, deadline=None)
-@example([([(5, "a")], 0, True)] * 3, 1, None, set())
+@example([([(5, "a")], 0, True)] * 3, 1, None, set(), 1)
 def test_order_and_identity_under_random_arrival(
     requests: list[tuple[list[tuple[int, str]], int, bool]],
     window: int,
     most: int | None,
     poisoned: set[int],
+    lanes: int,
 ) -> None:
     engine = Engine(poison=[(number, 0) for number in poisoned])
     sent = [
@@ -261,7 +298,7 @@ def test_order_and_identity_under_random_arrival(
     ]
 
     async def scenario() -> list[Any]:
-        batcher = engine.batcher(window=window, max_items=most)
+        batcher = engine.batcher(window=window, max_items=most, lanes=lanes)
         tasks: list[asyncio.Task[Any]] = []
         for items, (_, ticks, cancelled) in zip(sent, requests, strict=True):
             tasks.append(asyncio.ensure_future(batcher.submit(items)))
@@ -485,7 +522,7 @@ async def test_two_loops_at_once_are_refused() -> None:
     await running
 
 
-@pytest.mark.parametrize("option", ["budget", "max_items", "window"])
+@pytest.mark.parametrize("option", ["budget", "max_items", "window", "lanes"])
 def test_options_below_one_are_refused(option: str) -> None:
     with pytest.raises(ValueError, match=option):
         Engine().batcher(**{option: 0})

@@ -533,13 +533,13 @@ async def test_a_cancelled_job_stops_the_engine(
     with monkeypatch.context() as patch:
         patch.setattr(loaded.model.generation_config, "min_new_tokens", 1000)
         jobs = [asyncio.create_task(send(image=RED, num_beams=beams)) for _ in range(3)]
-        await until(lambda: loaded._batcher._busy)
+        await until(lambda: loaded._batcher.running)
         await asyncio.sleep(0.2)
         for job in jobs:
             job.cancel()
         begin = time.monotonic()
         await asyncio.gather(*jobs, return_exceptions=True)
-        await until(lambda: not loaded._batcher._busy)
+        await until(lambda: not loaded._batcher.running)
         took = time.monotonic() - begin
     assert took < 1
     assert (await send(image=RED))["raw_output"] == "STOP"

@@ -49,7 +49,7 @@ from shared.embeddings import (
     shape,
 )
 from shared.errors import JobError, StartError
-from shared.hardware import pick_device
+from shared.hardware import cpu_lanes, pick_device, share_cores
 from shared.jobs import Request, job_handler, start_config
 from shared.openai_api import EmbeddingsRequest, EmbeddingsResponse, ModelList, ModelsRequest, OpenAIRequest
 from shared.settings import WorkerSettings, read_settings
@@ -243,8 +243,9 @@ class Reranker:
         self._between = [ids[i] for i in range(owners.index(0), owners.index(1)) if owners[i] is None]
         self._after = ids[len(owners) - owners[::-1].index(1) :]
         self._has_types = 1 in pair.get("token_type_ids", ())
+        self._lanes = cpu_lanes(model.device)
         self._batcher: Batcher[Pair, float] = Batcher(
-            self._run, budget=budget, length=lambda pair: len(pair.tokens)
+            self._run, budget=budget, length=lambda pair: len(pair.tokens), lanes=self._lanes
         )
 
     def tokenize(self, query: str, documents: Sequence[str], *, truncate: bool) -> list[Pair]:
@@ -274,9 +275,10 @@ class Reranker:
         return await self._batcher.submit(pairs)
 
     def _run(self, pairs: list[Pair]) -> list[float]:
-        """One forward pass, on the engine thread."""
+        """One forward pass, on an engine thread."""
         import torch
 
+        share_cores(self._lanes, self._batcher.running)
         left = self.tokenizer.padding_side == "left"
         ids, mask = padded([pair.tokens for pair in pairs], value=self.tokenizer.pad_token_id or 0, left=left)
         inputs = {"input_ids": ids, "attention_mask": mask}
