@@ -11,7 +11,7 @@ class JobError(Exception):
 
     message: one sentence of what was wrong, one of what to do.
     param: the input field, dotted (`messages.0.content`), None when no single field is to blame.
-    code: a stable machine-readable name (`too_long`, `unknown_field`).
+    code: a stable machine-readable name (`too_long`, `unknown_field`); an engine's own may be a number.
     type: OpenAI's class of error; `invalid_request_error` blames the request, `server_error` the worker.
     """
 
@@ -20,7 +20,7 @@ class JobError(Exception):
         message: str,
         *,
         param: str | None = None,
-        code: str | None = None,
+        code: str | int | None = None,
         type: str = "invalid_request_error",
     ) -> None:
         super().__init__(message)

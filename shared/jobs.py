@@ -36,6 +36,8 @@ current_job: ContextVar[Job] = ContextVar("current_job")
 
 Work = TypeVar("Work", bound=Callable[[Any], Any])
 
+_serving: set[asyncio.Task[Any]] = set()
+
 
 class Request(BaseModel):
     """Base of a worker's own requests: JSON's types as they are, and a typo is an error, not a default."""
@@ -364,6 +366,14 @@ def _serve(job: Job) -> None:
     """Mark the running task, which the SDK made for this job alone, as serving it."""
     job_id.set(job["id"])
     current_job.set(job)
+    if task := asyncio.current_task():
+        _serving.add(task)
+        task.add_done_callback(_serving.discard)
+
+
+def serving() -> int:
+    """Jobs that the SDK has in hand: being worked on, or their results being posted."""
+    return len(_serving)
 
 
 def _explain_failure(error: Exception) -> tuple[JobError, bool]:

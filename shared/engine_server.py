@@ -1,0 +1,451 @@
+"""An inference server (vLLM, TGI) as a child process on loopback, and the client that speaks to it.
+
+    server = EngineServer("vllm", lambda port: ["vllm", "serve", path, "--port", str(port)])
+    server.start()  # until its health answers; StartError says why it cannot
+    answer = await server.request("POST", "/v1/completions", body)
+    async for events in coalesce(server.stream("/v1/completions", body)):
+        yield events
+
+A child process, because an engine's Python interfaces change with every release and its pins do not go with
+the SDK's; its command line and its HTTP routes are what stays. One hop costs half a millisecond a request.
+
+Any end of the child is a crash, whatever its exit status. Jobs in flight get an error with the code
+`engine_died`, upon which the worker asks to be replaced, and the worker exits with status 1 as soon as their
+results are posted: an idle one at once. So does an engine end whose health is silent for `hang_timeout`.
+
+The child leads a session of its own, so that a SIGTERM to the worker's group does not end it before the SDK
+has drained. It is ended with the worker's process: at exit, and by `shared.reaper` where there was none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from shared import reaper
+from shared.errors import JobError
+from shared.jobs import ENGINE_DIED, serving
+from shared.logs import log, redact
+from shared.startup import classify_log
+from shared.streaming import sse_events
+
+if TYPE_CHECKING:
+    from aiohttp import ClientResponse, ClientSession
+
+KEEP_ALIVE_S = 3.0  # shorter than the 5 s after which uvicorn closes an idle connection
+PROBE_S = 10.0
+START_TRIES = 3  # a free port may be taken before the child binds it
+LAST_LINES = 200
+LINE_LENGTH = 4000  # RunPod's log cuts there
+POST_S = 15.0  # what the SDK may take to post the errors of the jobs in flight
+
+_PORT_TAKEN = re.compile(r"address already in use|errno: ?98|errno 98|EADDRINUSE", re.IGNORECASE)
+_LEVEL = re.compile(r"\b(WARNING|WARN|ERROR|CRITICAL)\b")
+_NOT_FOR_ENGINE = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RUNPOD_AI_API_KEY")
+
+
+class EngineFailed(RuntimeError):
+    """The engine did not start, for a cause that a new try may mend."""
+
+
+class EngineClient:
+    """Requests to an inference server at `url`; for one elsewhere it is enough by itself.
+
+    headers: sent with every request. Paths are the caller's own: never join a job's text into one.
+
+    All methods raise JobError. One for an answer of the server keeps its `type`, `message`, `param` and
+    `code` as they were (the HTTP status where it gave no code).
+    """
+
+    def __init__(self, url: str, *, headers: Mapping[str, str] | None = None) -> None:
+        self.url = url.rstrip("/")
+        self.headers = dict(headers or {})
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def get(self, path: str, *, timeout: float = PROBE_S) -> tuple[int, str]:
+        """Status and text of a GET, 0 and "" where nobody answers. Blocks: for the start, and for threads."""
+        request = urllib.request.Request(self.url + path, headers=self.headers)  # noqa: S310
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=timeout) as response:
+                return response.status, response.read().decode(errors="replace")
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, ""
+        except (OSError, ValueError):
+            return 0, ""
+
+    async def request(self, method: str, path: str, body: Any = None) -> Any:
+        """The JSON of the answer. When the caller's task is cancelled, the connection is closed."""
+        async with self._answer(method, path, body) as response:
+            return await self._json(response)
+
+    async def stream(self, path: str, body: Any) -> AsyncGenerator[str]:
+        """The server-sent events that a POST is answered with, each whole; for `shared.streaming.coalesce`.
+
+        Closed early, it closes the connection, upon which the engine drops the request. An event that holds
+        an error is raised as one: engines send them under HTTP status 200.
+        """
+        async with self._answer("POST", path, body) as response:
+            async for event in sse_events(response.content.iter_any()):
+                if event.removeprefix("data:").lstrip().startswith('{"error"'):
+                    await self._check()
+                    raise problem(500, _parse(event.removeprefix("data:").strip()))
+                yield event
+
+    @asynccontextmanager
+    async def _answer(self, method: str, path: str, body: Any) -> AsyncIterator[ClientResponse]:
+        import aiohttp
+
+        pooled, fresh = await self._sessions()
+        options: dict[str, Any] = {} if body is None else {"json": body}
+        try:
+            try:
+                response = await pooled.request(method, self.url + path, **options)
+            except aiohttp.ClientConnectorError:
+                raise
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+                # No byte of an answer came: the server may have closed the idle connection just then.
+                response = await fresh.request(method, self.url + path, **options)
+            try:
+                if response.status >= 400:
+                    error = problem(response.status, _parse(await response.text(errors="replace")))
+                    if response.status >= 500:
+                        await self._check()
+                    raise error
+                yield response
+            finally:
+                response.release()  # closes the connection where the answer was not read to its end
+        except (aiohttp.ClientError, OSError) as error:
+            raise await self._lost(error) from error
+
+    async def _json(self, response: ClientResponse) -> Any:
+        text = await response.text(errors="replace")
+        try:
+            return json.loads(text)
+        except ValueError:
+            message = f"The engine's answer is not JSON: {text[:200]!r}."
+            raise JobError(message, code="bad_answer", type="server_error") from None
+
+    async def _check(self) -> None:
+        """Raise JobError(code=ENGINE_DIED) if the engine behind a failure is gone; here it is another's."""
+
+    async def _lost(self, error: Exception) -> JobError:
+        """What a job is told whose connection was lost."""
+        return JobError(
+            f"The engine's server did not answer ({type(error).__name__}). Try again.",
+            code="engine_unreachable",
+            type="server_error",
+        )
+
+    async def _sessions(self) -> tuple[ClientSession, ClientSession]:
+        """The running loop's sessions: one with a pool, one whose connections are always new."""
+        import aiohttp
+
+        if self._loop is not asyncio.get_running_loop():
+            self._loop = asyncio.get_running_loop()
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=PROBE_S)
+            # aiohttp's own limit is 100 connections, which would queue the others unseen.
+            pool = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+            new = aiohttp.TCPConnector(limit=0, force_close=True)
+            self._pooled = aiohttp.ClientSession(connector=pool, timeout=timeout, headers=self.headers)
+            self._fresh = aiohttp.ClientSession(connector=new, timeout=timeout, headers=self.headers)
+            # asyncio.run closes generators before it closes its loop, and this one the sessions with itself.
+            self._keeper = _hold(self._pooled, self._fresh)
+            await anext(self._keeper)
+        return self._pooled, self._fresh
+
+
+async def _hold(*sessions: ClientSession) -> AsyncGenerator[None]:
+    try:
+        yield
+    finally:
+        for session in sessions:
+            await session.close()
+
+
+def problem(status: int, body: Any) -> JobError:
+    """An engine's error answer as JobError.
+
+    body: OpenAI's `{"error": {"message", "type", "param", "code"}}`, TGI's `{"error", "error_type"}`,
+    FastAPI's `{"detail"}`, or text.
+    """
+    error = body.get("error", body.get("detail", body)) if isinstance(body, dict) else body
+    blame = "invalid_request_error" if status < 500 else "server_error"
+    if isinstance(error, dict) and "message" in error:
+        return JobError(
+            redact(str(error["message"])),
+            param=error.get("param"),
+            code=error.get("code") or status,
+            type=error.get("type") or blame,
+        )
+    code = body.get("error_type") if isinstance(body, dict) else None
+    text = error if isinstance(error, str) and error else json.dumps(error, ensure_ascii=False)
+    return JobError(redact(text)[:2000], code=code or status, type=blame)
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+class EngineServer(EngineClient):
+    """The child process and its client.
+
+    name: for the log. command: the argv for a port that was found free. port: one to prefer; another is taken
+    where it is in use. env: on top of this process's own environment, None removes a variable. health: the
+    route that answers 200 when the engine can work.
+
+    start_timeout: seconds until the engine must answer. hang_timeout: seconds of silent health after which
+    an engine that had started counts as dead. grace: seconds from SIGTERM to SIGKILL.
+    on_death: called when the engine has died by itself and its jobs are answered; exits the process.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Callable[[int], Sequence[str]],
+        *,
+        port: int | None = None,
+        env: Mapping[str, str | None] | None = None,
+        health: str = "/health",
+        start_timeout: float = 1800,
+        hang_timeout: float = 60,
+        grace: float = 10,
+        on_death: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__("http://127.0.0.1:0")
+        self.name = name
+        self.command = command
+        self.env = dict(env or {})
+        self.health = health
+        self.start_timeout, self.hang_timeout, self.grace = start_timeout, hang_timeout, grace
+        self._wish = port
+        self._on_death = on_death or _exit
+        self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._lines: deque[str] = deque(maxlen=LAST_LINES)
+        self._ended = threading.Event()  # the child has exited
+        self._stopping = False
+        self._death: str | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id, which is also its session's."""
+        return self._process.pid if self._process else None
+
+    @property
+    def last_lines(self) -> list[str]:
+        """What the child wrote last, without secrets."""
+        return list(self._lines)
+
+    # ---- start ----
+
+    def start(self) -> None:
+        """Start the child and wait until its health answers. To be called from the main thread.
+
+        Raises StartError when its last lines tell a cause that a new try cannot mend, else EngineFailed.
+        """
+        for left in reversed(range(START_TRIES)):
+            self._launch()
+            try:
+                self._wait_ready()
+            except BaseException:
+                self.stop()
+                if left and any(_PORT_TAKEN.search(line) for line in self._lines):
+                    log.warning("%s: port taken, trying another one", self.name)
+                    self._wish = None
+                    continue
+                raise
+            threading.Thread(target=self._watch, name=f"{self.name}-watch", daemon=True).start()
+            return
+
+    def _launch(self) -> None:
+        port = _free_port(self._wish)
+        if self._wish and port != self._wish:
+            log.warning("%s: port %d is in use, taking %d", self.name, self._wish, port)
+        self.url = f"http://127.0.0.1:{port}"
+        env = {key: value for key, value in os.environ.items() if key not in _NOT_FOR_ENGINE}
+        for key, value in self.env.items():
+            env.pop(key, None)
+            if value is not None:
+                env[key] = value
+        argv = list(self.command(port))
+        log.info("%s: %s", self.name, shlex.join(argv))
+        self._lines.clear()
+        self._ended, self._stopping, self._death = threading.Event(), False, None
+        try:
+            process = self._process = subprocess.Popen(
+                argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            raise EngineFailed(f"{argv[0]} cannot be started: {error.strerror}.") from error
+        guard = [
+            sys.executable,
+            "-I",
+            "-S",
+            reaper.__file__,
+            str(os.getpid()),
+            str(process.pid),
+            str(self.grace),
+        ]
+        self._guard = subprocess.Popen(guard, stdin=subprocess.DEVNULL, start_new_session=True)
+        atexit.register(self.stop)
+        self._reader = threading.Thread(target=self._read, args=(process,), daemon=True)
+        self._reader.start()
+        threading.Thread(target=_wait, args=(process, self._ended), daemon=True).start()
+
+    def _wait_ready(self) -> None:
+        begun = said = time.monotonic()
+        while not self._ended.wait(0.1):
+            if self.get(self.health)[0] == 200 and not self._ended.is_set():
+                return
+            now = time.monotonic()
+            if now - begun > self.start_timeout:
+                raise EngineFailed(f"{self.name} did not answer within {self.start_timeout:g} s.")
+            if now - said > 30:
+                said = now
+                log.info("%s: starting for %.0f s", self.name, now - begun)
+        self._reader.join(timeout=5)
+        if cause := classify_log(self._lines):
+            raise cause
+        status = self._process.returncode if self._process else None
+        tail = "\n".join(list(self._lines)[-20:])
+        raise EngineFailed(f"{self.name} ended with status {status} before it was ready:\n{tail}")
+
+    # ---- watch ----
+
+    def _watch(self) -> None:
+        """Until the engine ends: that alone is the end of this worker, unless `stop` has asked for it."""
+        ended, heard = self._ended, time.monotonic()
+        interval = min(5.0, self.hang_timeout / 4)
+        while not ended.wait(interval):
+            if self.get(self.health, timeout=interval)[0] == 200:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > self.hang_timeout:
+                self._dies(f"its health was silent for {self.hang_timeout:g} s")
+                break
+        else:
+            assert self._process is not None
+            self._dies(f"it ended with status {self._process.returncode}")
+        if self._stopping:
+            return
+        deadline = time.monotonic() + POST_S
+        while serving() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self._on_death()
+
+    def _dies(self, reason: str) -> None:
+        if self._stopping:
+            return
+        self._death = reason
+        log.error("%s died: %s. The worker ends, and RunPod replaces it.", self.name, reason)
+        assert self._process is not None
+        reaper.end(self._process.pid, 0)  # what still hangs on: jobs wait for its connections
+
+    async def _check(self) -> None:
+        """A failure of the engine itself (5xx, an error in a stream): is it one job's, or is the engine dead?
+
+        A vLLM whose core has died says so by its health at once and exits a second later.
+        """
+        if self._ended.is_set() or (await asyncio.to_thread(self.get, self.health))[0] != 200:
+            raise self._died()
+
+    async def _lost(self, error: Exception) -> JobError:
+        # The connection may break before the exit is known.
+        for _ in range(20):
+            if self._ended.is_set() or self._death:
+                return self._died()
+            await asyncio.sleep(0.05)
+        if (await asyncio.to_thread(self.get, self.health))[0] != 200:
+            return self._died()
+        return await super()._lost(error)
+
+    def _died(self) -> JobError:
+        return JobError(
+            f"The engine died{f': {self._death}' if self._death else ''}. Send the job again: this worker is "
+            "being replaced.",
+            code=ENGINE_DIED,
+            type="server_error",
+        )
+
+    # ---- stop ----
+
+    def stop(self) -> None:
+        """End the child and all that it started: SIGTERM, and SIGKILL after `grace` seconds. Runs at exit."""
+        self._stopping = True
+        atexit.unregister(self.stop)
+        if self._process is not None:
+            reaper.end(self._process.pid, self.grace)
+            self._ended.wait(5)
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.wait()
+            self._guard = None
+
+    # ---- its output ----
+
+    def _read(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        with process.stdout as output:
+            rest = b""
+            while data := os.read(output.fileno(), 65536):
+                *lines, rest = re.split(rb"[\r\n]+", rest + data)
+                if len(rest) > LINE_LENGTH:
+                    lines, rest = [*lines, rest], b""
+                for line in filter(None, lines):
+                    self._say(line)
+            if rest:
+                self._say(rest)
+
+    def _say(self, line: bytes) -> None:
+        text = redact(line[:LINE_LENGTH].decode(errors="replace"))
+        self._lines.append(text)
+        level = _LEVEL.search(text[:80])
+        (log.warning if level else log.info)("%s: %s", self.name, text)
+
+
+def _wait(process: subprocess.Popen[bytes], ended: threading.Event) -> None:
+    process.wait()
+    ended.set()
+
+
+def _exit() -> None:
+    """End this process now, with status 1: the SDK's loop may wait 90 s for a job."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(1)
+
+
+def _free_port(wish: int | None) -> int:
+    """`wish` where nobody listens on it, else a port that is free now."""
+    for port in filter(None, [wish]):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            probe.listen()
+            return port
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        found: int = probe.getsockname()[1]
+        return found
