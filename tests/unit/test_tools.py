@@ -188,7 +188,7 @@ def test_new_worker_fits_into_the_house(house: Path) -> None:
         *("-k", f"not compile_to and ({NAME} or not sentence-transformers)"),
     )
     assert f"test_has_the_files_of_every_worker[{NAME}]" in shown
-    assert "test_targets_are_the_kept_ones" in shown
+    assert "test_the_kept_copy_has_every_worker" in shown
 
 
 def test_new_worker_is_clean(house: Path) -> None:
