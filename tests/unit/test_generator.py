@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from types import SimpleNamespace
 from typing import Any
@@ -109,6 +109,19 @@ def mixed(number: int) -> list[tuple[dict[str, Any], Sampling]]:
     return asked
 
 
+def slowed(engine: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers only end at their length, and each token takes 40 ms: 1500 of them a minute."""
+    step = engine._step
+    monkeypatch.setattr(engine, "_step", lambda batch: (time.sleep(0.04), step(batch)))
+    engine._ends = frozenset()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110, the engine has no event for it
+            await asyncio.sleep(0.005)
+
+
 def by_generate(model: Any, inputs: dict[str, Any], max_tokens: int, **settings: Any) -> Piece:
     out = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, pad_token_id=END, **settings)
     new = out[0, inputs["input_ids"].shape[1] :].tolist()
@@ -209,9 +222,9 @@ async def _all(pieces: AsyncGenerator[Piece]) -> list[Piece]:
 async def test_an_engine_that_dies_says_so(model: Any, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """What runs, what waits and what comes later: an error for each, in place of silence."""
     engine = Generator(model, Letters(), max_rows=2)  # type: ignore[arg-type]
+    slowed(engine, monkeypatch)
     running = [asyncio.create_task(ask(engine, prompt(5, 6), Sampling(1500))) for _ in range(4)]
-    while engine._live is None or len(engine._waiting) < 2:  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
+    await until(lambda: engine._live is not None and len(engine._waiting) == 2)
 
     def dies(*_: Any) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -282,28 +295,33 @@ async def test_logits_that_are_no_numbers_fail_their_own_answer(engine: Generato
 # ---- rows come and go ----------------------------------------------------------------------------------
 
 
-async def test_a_newcomer_does_not_wait_for_the_others_ends(engine: Generator) -> None:
-    """Sampled at a high temperature the tiny model goes on for long; its end token is made impossible."""
-    engine._ends = frozenset()
+async def test_a_newcomer_does_not_wait_for_the_others_ends(
+    engine: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first answer has no end token, and takes a minute."""
+    slowed(engine, monkeypatch)
     first = asyncio.create_task(ask(engine, prompt(3), Sampling(1500, 1.0, seed=1)))
-    await asyncio.sleep(0.1)
+    await until(lambda: engine._live is not None)
     await ask(engine, prompt(4, 5), Sampling(5))
     assert not first.done()
     first.cancel()
 
 
-async def test_leaving_frees_the_place(model: Any) -> None:
-    """In the middle of an answer, and while waiting for one: within a second."""
+async def test_leaving_frees_the_place(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of an answer, and while waiting for one: with the token that is being made."""
     engine = Generator(model, Letters(), max_rows=1)  # type: ignore[arg-type]
-    engine._ends = frozenset()
-    running = asyncio.create_task(ask(engine, prompt(3), Sampling(100_000, 1.0)))
-    waiting = asyncio.create_task(ask(engine, prompt(4), Sampling(100_000, 1.0)))
-    await asyncio.sleep(0.1)
+    slowed(engine, monkeypatch)
+    running = asyncio.create_task(ask(engine, prompt(3), Sampling(1500, 1.0)))
+    waiting = asyncio.create_task(ask(engine, prompt(4), Sampling(1500, 1.0)))
+    await until(lambda: engine._live is not None and len(engine._waiting) == 1)
+    assert engine._live is not None
+    rows = [*engine._live.rows, *engine._waiting]
     waiting.cancel()
     running.cancel()
-    started = time.monotonic()
     await ask(engine, prompt(5), Sampling(1))
-    assert time.monotonic() - started < 1
+    assert [row.over for row in rows] == [True, True]
+    assert rows[0].left > 1000, "a minute's answer was left in less than 20 s"
+    assert rows[1].left == 1500
     engine.close()
 
 

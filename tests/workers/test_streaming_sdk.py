@@ -1,8 +1,7 @@
 """`shared.streaming` under the unmodified SDK: a worker process, and a platform that takes 100 ms for a post.
 
 Run as a program, this file is that worker. Both processes read the same monotonic clock, so that times taken
-in one can be compared with times taken in the other. Figures are the best of three tries: the machine may
-have other work.
+in one can be compared with times taken in the other.
 """
 
 import asyncio
@@ -169,46 +168,37 @@ async def platform() -> AsyncIterator[Platform]:
 
 
 async def test_tokens_arrive_about_as_fast_as_they_are_made(platform: Platform) -> None:
-    """200 tokens, 5 ms each, are 1.0 s at best; one yield a token would take 200 posts of 100 ms."""
-    ideal = len(TOKENS) * TOKEN_S
-    tries = []
-    for _ in range(3):
-        job = platform.send(Job(units=TOKENS, gap_s=TOKEN_S))
-        done_at, result = await asyncio.wait_for(job.done, 20)
-        started = (await job.report)["started"]
-        assert job.text() == "".join(TOKENS)
-        assert "".join(result["output"]) == job.text()
-        first_after = job.posts[0][0] - started - TOKEN_S
-        tries.append(((done_at - started) / ideal, first_after))
-        if tries[-1][0] <= 1.4 and first_after < 0.1:
-            break
-    print(f"{len(job.posts)} posts; (times the ideal, seconds to the first post) of each try: {tries}")
-    assert min(ratio for ratio, _ in tries) <= 1.4
-    assert min(first for _, first in tries) < 0.1
-    assert json.loads(job.posts[0][1])["output"] == TOKENS[0]
+    """200 tokens take the engine a second, and one yield a token would take 200 posts of 100 ms: 20 s. What
+    comes after the engine's end is the post that is under way and one more, 200 ms; a slow machine has 5 s.
+    """
+    job = platform.send(Job(units=TOKENS, gap_s=TOKEN_S))
+    done_at, result = await asyncio.wait_for(job.done, 60)
+    report = await job.report
+    assert job.text() == "".join(TOKENS)
+    assert "".join(result["output"]) == job.text()
+    first = json.loads(job.posts[0][1])["output"]
+    print(f"{len(job.posts)} posts, the first of {len(first)}, {done_at - report['closed']:.3f} s after the end")
+    assert done_at - report["closed"] < 5
+    assert len(first) < len(TOKENS) / 2, "the first does not wait for the others"
 
 
 @pytest.mark.parametrize("moment", ["in a post", "waiting for the engine"])
 async def test_a_cancelled_job_closes_its_source(platform: Platform, moment: str) -> None:
-    """From the answer that names the job until the engine is closed in the worker: 100 ms at most."""
-    tries = []
-    for _ in range(3):
-        in_post = moment == "in a post"
-        job = Job(units=["x"] * 100_000, gap_s=TOKEN_S if in_post else 0.5)
-        job.stop_after_posts = 3 if in_post else 0
-        platform.send(job)
-        if not in_post:
-            await asyncio.wait_for(job.posted.wait(), 20)
-            await asyncio.sleep(2 * POST_S)
-            platform.stops.put_nowait(job)
-        report = await asyncio.wait_for(job.report, 20)
-        assert report["given"] < 1000
-        assert not job.done.done(), "the job was over before it was stopped"
-        tries.append(report["closed"] - job.stopped_at)
-        if tries[-1] < 0.1:
-            break
-    print(f"seconds until the source was closed, of each try: {tries}")
-    assert min(tries) < 0.1
+    """From the answer that names the job until the engine is closed in the worker it takes milliseconds, and a
+    slow machine has 2 s. The source would go on for minutes, and the post takes 3 s."""
+    in_post = moment == "in a post"
+    job = Job(units=["x"] * 100_000, gap_s=TOKEN_S if in_post else 0.5)
+    job.stop_after_posts = 3 if in_post else 0
+    platform.send(job)
+    if not in_post:
+        await asyncio.wait_for(job.posted.wait(), 60)
+        await asyncio.sleep(2 * POST_S)
+        platform.stops.put_nowait(job)
+    report = await asyncio.wait_for(job.report, 60)
+    assert report["given"] < 50_000
+    assert not job.done.done(), "the job was over before it was stopped"
+    print(f"{report['closed'] - job.stopped_at:.3f} s until the source was closed")
+    assert report["closed"] - job.stopped_at < 2
 
 
 async def test_other_jobs_go_on_while_one_is_stopped(platform: Platform) -> None:
@@ -216,15 +206,15 @@ async def test_other_jobs_go_on_while_one_is_stopped(platform: Platform) -> None
     stopped = Job(units=["x"] * 100_000, gap_s=TOKEN_S)
     stopped.stop_after_posts = 2
     platform.send(stopped)
-    assert (await asyncio.wait_for(stopped.report, 20))["given"] < 1000
-    await asyncio.wait_for(kept.done, 20)
+    assert (await asyncio.wait_for(stopped.report, 60))["given"] < 50_000
+    await asyncio.wait_for(kept.done, 60)
     assert kept.text() == "".join(TOKENS)
 
 
 async def test_no_post_is_over_a_megabyte(platform: Platform) -> None:
     units = ["a\n" * 300_000, "漢" * 700_000, "😀" * 10]
     job = platform.send(Job(units=units, gap_s=0))
-    _, result = await asyncio.wait_for(job.done, 20)
+    _, result = await asyncio.wait_for(job.done, 60)
     assert job.text() == "".join(result["output"]) == "".join(units)
     assert len(job.posts) > 3
     assert max(len(body) for _, body in job.posts) <= STREAM_LIMIT
@@ -232,7 +222,7 @@ async def test_no_post_is_over_a_megabyte(platform: Platform) -> None:
 
 async def test_an_error_comes_after_the_text(platform: Platform) -> None:
     job = platform.send(Job(units=TOKENS[:50], gap_s=TOKEN_S, fails=True))
-    _, result = await asyncio.wait_for(job.done, 20)
+    _, result = await asyncio.wait_for(job.done, 60)
     assert job.text() == "".join(TOKENS[:50])
     assert "engine died" in result["error"]
 
