@@ -192,7 +192,20 @@ async def test_two_big_jobs_advance_side_by_side() -> None:
 # The idle engine
 
 
-async def test_an_idle_engine_starts_at_once_and_takes_a_tick_together() -> None:
+def no_timers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A timer of the loop's fails the test."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("nothing here waits for the clock")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "call_at", refuse)
+    monkeypatch.setattr(asyncio.get_running_loop(), "call_later", refuse)
+
+
+async def test_an_idle_engine_starts_at_once_and_takes_a_tick_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    no_timers(monkeypatch)
     engine = Engine()
     batcher = engine.batcher()
     items = [Text(n, 10) for n in range(10)]
@@ -210,13 +223,13 @@ async def test_an_idle_engine_starts_at_once_and_takes_a_tick_together() -> None
         return time.perf_counter() - start
 
     added = [await batched() - direct() for _ in range(200)]
-    # A thread hop and back, 0.1 ms on an idle machine. Any timer would be milliseconds in every call, so the
-    # lower quartile tells them apart on a busy machine as well.
-    assert statistics.quantiles(added, n=4)[0] < 0.002
+    # A thread hop and back, 0.1 ms on an idle machine; a busy one has a hundred times as long.
+    assert statistics.quantiles(added, n=4)[0] < 0.01
 
 
-async def test_a_busy_engine_has_no_gaps() -> None:
+async def test_a_busy_engine_has_no_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of 5 ms one after another: what is added to each is a turn of the loop, not a poll."""
+    no_timers(monkeypatch)
 
     def run(items: list[Text]) -> list[Text]:
         spans.append([time.perf_counter()])
@@ -229,7 +242,7 @@ async def test_a_busy_engine_has_no_gaps() -> None:
     await together(batcher, [Text(n, 1) for n in range(40)])
     gaps = [after[0] - before[1] for before, after in itertools.pairwise(spans)]
     assert len(gaps) == 39
-    assert statistics.quantiles(gaps, n=4)[0] < 0.002
+    assert statistics.quantiles(gaps, n=4)[0] < 0.01
 
 
 # Lanes

@@ -62,7 +62,7 @@ async def iterate(stream, pause=0.0, chunks=None):
 async def until(condition):
     """Wait for `condition`; fails after 20 s, which leave room for a busy machine."""
     async with asyncio.timeout(20):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
 

@@ -177,15 +177,16 @@ async def test_tokens_arrive_about_as_fast_as_they_are_made(platform: Platform) 
     assert job.text() == "".join(TOKENS)
     assert "".join(result["output"]) == job.text()
     first = json.loads(job.posts[0][1])["output"]
-    print(f"{len(job.posts)} posts, the first of {len(first)}, {done_at - report['closed']:.3f} s after the end")
+    print(f"{len(job.posts)} posts, the last {done_at - report['closed']:.3f} s after the engine's end")
     assert done_at - report["closed"] < 5
     assert len(first) < len(TOKENS) / 2, "the first does not wait for the others"
 
 
 @pytest.mark.parametrize("moment", ["in a post", "waiting for the engine"])
 async def test_a_cancelled_job_closes_its_source(platform: Platform, moment: str) -> None:
-    """From the answer that names the job until the engine is closed in the worker it takes milliseconds, and a
-    slow machine has 2 s. The source would go on for minutes, and the post takes 3 s."""
+    """From the answer that names the job until the engine is closed in the worker it takes milliseconds, and
+    a slow machine has 2 s. The source would go on for minutes, and the post takes 3 s.
+    """
     in_post = moment == "in a post"
     job = Job(units=["x"] * 100_000, gap_s=TOKEN_S if in_post else 0.5)
     job.stop_after_posts = 3 if in_post else 0

@@ -1,4 +1,7 @@
-"""Streams, and answers OpenAI's routes for chat and embeddings from the input alone."""
+"""Streams, and answers OpenAI's routes for chat and embeddings from the input alone.
+
+With `gate`, the path of a file, a piece is made when the file has as many characters as there are pieces.
+"""
 
 import asyncio
 import json
@@ -22,9 +25,10 @@ async def handler(job):
         if body["model"] == "bad":
             yield {"error": json.dumps({"type": "invalid_request_error", "message": "no such model"})}
         elif body.get("stream"):
-            for word in body["messages"][0]["content"].split(" "):
+            for number, word in enumerate(body["messages"][0]["content"].split(" "), 1):
                 yield f"data: {json.dumps(completion(word, 'delta', 'chat.completion.chunk'))}\n\n"
                 await wait(job, float(body.get("user", "0")))
+                await opened(body.get("gate"), number)
             if body["model"] == "breaks":
                 yield {"error": json.dumps({"type": "server_error", "message": "it broke"})}
             yield "data: [DONE]\n\n"
@@ -34,6 +38,12 @@ async def handler(job):
         for number in range(order.get("count", 3)):
             yield order.get("text", f"token {number}") * order.get("times", 1)
             await wait(job, order.get("sleep", 0))
+            await opened(order.get("gate"), number + 1)
+
+
+async def opened(gate, given):
+    while gate and not (os.path.exists(gate) and os.path.getsize(gate) >= given):  # noqa: ASYNC110
+        await asyncio.sleep(0.02)
 
 
 async def wait(job, seconds):
