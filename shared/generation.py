@@ -23,10 +23,11 @@ import asyncio
 import copy
 import inspect
 import random
+import re
 import threading
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -164,6 +165,7 @@ class _Row:
     key: Hashable
     random: random.Random
     prompt: int
+    adapter: str | None = None
     tokens: list[int] = field(default_factory=list)
     told: int = 0
     over: bool = False  # ended, or nobody waits for it
@@ -395,17 +397,45 @@ def joins(model: PreTrainedModel) -> bool:
 
 
 def cache_budget(model: PreTrainedModel, share: float = 0.7) -> int:
-    """How many tokens' keys and values fit into `share` of a GPU's free memory; CPU_BUDGET on a CPU."""
+    """How many tokens' keys and values fit into `share` of the GPUs' free memory; CPU_BUDGET on a CPU.
+
+    A layer's are where the layer runs: of several GPUs, the one with the least room for its layers decides.
+    """
     import torch
 
-    if model.device.type != "cuda":
-        return CPU_BUDGET
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
-    free, _ = torch.cuda.mem_get_info(model.device)
-    return max(1, int(free * share // per_token))
+    per_layer = 2 * heads * size * model.dtype.itemsize
+    budgets = [
+        int(torch.cuda.mem_get_info(device)[0] * share // (layers * per_layer))
+        for device, layers in _layers(model, config.num_hidden_layers).items()
+        if device.type == "cuda"
+    ]
+    return max(1, min(budgets, default=CPU_BUDGET))
+
+
+def _layers(model: PreTrainedModel, count: int) -> Counter[torch.device]:
+    """How many of the model's `count` layers run on each device; offloaded ones run on the first."""
+    placed: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
+    # A layer's name ends with its number; what several are in has no number, and then all are on one device.
+    layers = [where for name, where in placed.items() if re.search(r"\.\d+$", name)]
+    gpus = [where for where in placed.values() if where not in ("cpu", "disk")]
+    main = _device(gpus[0]) if gpus else _input_device(model)
+    return Counter(_device(it) if it in gpus else main for it in layers) or Counter({main: count})
+
+
+def _input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its tokens. accelerate may have its parts on several devices, or on a disk."""
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return model.device if device is None else _device(device)
+
+
+def _device(name: int | str | torch.device) -> torch.device:
+    import torch
+
+    return torch.device("cuda", name) if isinstance(name, int) else torch.device(name)
 
 
 class Generator:
@@ -413,7 +443,8 @@ class Generator:
 
     max_rows: the most answers at a time. budget: the most tokens in the cache, padding and what is still to
     come included; None: see `cache_budget`. A lone row may have more. max_length: the most tokens of a prompt
-    and its answer; None: the model's own limit.
+    and its answer; None: the model's own limit. use_adapters: called on the engine's thread before the model
+    runs, with what each row's `stream` was told as its adapter, in the rows' order.
     """
 
     def __init__(
@@ -424,11 +455,13 @@ class Generator:
         max_rows: int = 32,
         budget: int | None = None,
         max_length: int | None = None,
+        use_adapters: Callable[[list[str | None]], None] | None = None,
     ) -> None:
         config = model.config.get_text_config(decoder=True)
         limits = [limit for limit in (max_length, getattr(config, "max_position_embeddings", None)) if limit]
         self.max_length: int | None = min(limits, default=None)
         self.model, self.tokenizer = model, tokenizer
+        self._device, self._use_adapters = _input_device(model), use_adapters
         ends = model.generation_config.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
         self._ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
@@ -474,18 +507,25 @@ class Generator:
         return max_tokens or min(default, room)
 
     async def stream(
-        self, inputs: Mapping[str, Any], sampling: Sampling, *, each: bool = True
+        self,
+        inputs: Mapping[str, Any],
+        sampling: Sampling,
+        *,
+        each: bool = True,
+        adapter: str | None = None,
     ) -> AsyncGenerator[Piece]:
         """The answer to a prompt, in pieces. Close it (`contextlib.aclosing`) to give its place up at once.
 
         inputs: what the tokenizer or processor made of one prompt, as tensors with a first dimension of one.
         each: a piece for each token that completes some text; False: all in one piece.
+        adapter: for `use_adapters`.
         """
         if sampling.repetition_penalty is None:
             sampling = replace(sampling, repetition_penalty=self._penalty)
         row = _Row(
             inputs, sampling, each or bool(sampling.stop), asyncio.get_running_loop(), asyncio.Queue(),
             _key(inputs), random.Random(sampling.seed), inputs["input_ids"].shape[1],  # noqa: S311
+            adapter,
         )  # fmt: skip
         detokenizer = Detokenizer(lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True))
         stops = StopStrings(sampling.stop)
@@ -663,13 +703,18 @@ class Generator:
             if len(parts) > 1 or name in _BY_TOKEN:
                 first = torch.cat(parts)
             if isinstance(first, torch.Tensor):
-                first = first.to(self.model.device, self.model.dtype if first.is_floating_point() else None)
+                first = first.to(self._device, self.model.dtype if first.is_floating_point() else None)
             inputs[name] = first
         return inputs
+
+    def _adapt(self, rows: list[_Row]) -> None:
+        if self._use_adapters:
+            self._use_adapters([row.adapter for row in rows])
 
     def _prefill(self, rows: list[_Row]) -> None:
         import torch
 
+        self._adapt(rows)
         inputs = self._collate(rows)
         mask = inputs.get("attention_mask")
         if mask is None:
@@ -689,6 +734,7 @@ class Generator:
     def _step(self, batch: _Batch) -> None:
         import torch
 
+        self._adapt(batch.rows)
         mask = torch.cat([batch.mask, torch.ones_like(batch.mask[:, :1])], dim=1)
         places = mask.sum(dim=1, keepdim=True) - 1
         output = self.model(
@@ -704,7 +750,7 @@ class Generator:
         import torch
 
         tokens = choose(logits, batch.rows)
-        batch.tokens = torch.tensor(tokens, device=logits.device)[:, None]
+        batch.tokens = torch.tensor(tokens, device=self._device)[:, None]
         for row, token in zip(batch.rows, tokens, strict=True):
             row.take(token, self._ends)
         going = [i for i, row in enumerate(batch.rows) if not row.over]
@@ -717,6 +763,7 @@ class Generator:
         import torch
         from transformers import LogitsProcessorList, StoppingCriteriaList
 
+        self._adapt(rows)
         config = copy.deepcopy(self.model.generation_config)
         config.update(
             do_sample=False, num_beams=1, repetition_penalty=1.0, max_length=None,

@@ -123,7 +123,7 @@ def flaw(folder: Path, extra: Sequence[str] = ()) -> str | None:
         broken = (path for path in chosen if not fits(folder / path, sizes[path]))
         return next((f"{path} is missing or cut short" for path in broken), None)
     files = set(choose_files(_walk(folder), extra))
-    if not files & {"config.json", "modules.json", "model_index.json"}:
+    if not files & {"config.json", "modules.json", "model_index.json", "adapter_config.json"}:
         return "config.json is missing"
     if not has_weights(files, extra):
         return "weights are missing"

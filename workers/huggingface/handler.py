@@ -22,14 +22,17 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import logging
+import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+import warnings
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from shared import openai_api, prewarm, startup
 from shared.errors import JobError, StartError
@@ -51,6 +54,7 @@ from shared.openai_api import (
 )
 from shared.settings import DType, WorkerSettings, read_settings
 from shared.streaming import coalesce
+from shared.volume import ModelPath
 
 DEFAULT_TOKENS = 512
 MAX_ROWS = 128  # answers of one job
@@ -58,6 +62,31 @@ MAX_CHARACTERS = 4_000_000
 
 
 # ---- settings ------------------------------------------------------------------------------------------
+
+
+def adapter_sources(lora: str | None) -> dict[str, tuple[str, str | None]]:
+    """The repository or folder and the revision of each adapter that LORA names."""
+    named = (pair.strip().partition("=") for pair in (lora or "").split(",") if pair.strip())
+    sources = {name.strip(): source.strip() for name, _, source in named}
+    return {
+        name: (source, None) if source.startswith(("/", ".", "~")) else _at_revision(source)
+        for name, source in sources.items()
+    }
+
+
+def _at_revision(source: str) -> tuple[str, str | None]:
+    repository, _, revision = source.partition("@")
+    return repository, revision or None
+
+
+def _check_adapters(lora: str | None) -> str | None:
+    sources = adapter_sources(lora)
+    pairs = [pair for pair in (lora or "").split(",") if pair.strip()]
+    if len({name.casefold() for name in sources}) < len(pairs):
+        raise ValueError("two adapters have the same name")
+    if not all(name and source for name, (source, _) in sources.items()):
+        raise ValueError("each adapter is name=repository or name=folder, with commas between them")
+    return lora
 
 
 class Settings(WorkerSettings):
@@ -72,6 +101,14 @@ class Settings(WorkerSettings):
         None, pattern=r"^(auto|balanced|balanced_low_0|sequential)$",
         description="auto: spread the model over all GPUs; unset: one device, DEVICE",
     )  # fmt: skip
+    quantization: Literal["bitsandbytes-8bit", "bitsandbytes-4bit", "awq", "gptq"] | None = Field(
+        None, description="bitsandbytes: quantise on load; awq and gptq: the checkpoint has to be made so"
+    )
+    lora: Annotated[str | None, AfterValidator(_check_adapters)] = Field(
+        None,
+        description="LoRA adapters of peft, as name=repository, name=repository@revision or name=folder, "
+        "with commas between",
+    )
     attn_implementation: str | None = Field(
         None,
         pattern=r"^[\w|/@.-]+$",
@@ -173,6 +210,7 @@ class GenerateRequest(Request):
     chat_template_kwargs: dict[str, Any] = Field(
         default={}, description="Variables of the model's chat template, such as `enable_thinking`"
     )
+    lora: str | None = Field(None, description="One of the adapters that LORA names; unset: none")
     stream: bool = Field(False, description="Send the answer in pieces as it is made")
 
     @model_validator(mode="after")
@@ -204,6 +242,7 @@ class GenerateResponse(BaseModel):
     usage: Usage
     model: str = Field(description="The model, as MODEL_NAME gives it")
     revision: str | None = Field(description="Its commit, where known")
+    lora: str | None = Field(None, exclude_if=_missing, description="The adapter, where one was asked for")
     logprobs: list[TokenLogprob] | None = Field(
         None,
         exclude_if=_missing,
@@ -340,6 +379,7 @@ class Engine:
     name: str
     served: tuple[str, ...]
     revision: str | None
+    adapters: tuple[str, ...] = ()
     # One thread: a fast tokenizer must not be used by two at a time.
     reader: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
@@ -392,6 +432,17 @@ class Engine:
             ) from None
         return ids
 
+    def adapter(self, request: Making) -> str | None:
+        """The adapter that the request names: natively as `lora`, on OpenAI's routes as `model`."""
+        named = {name.casefold(): name for name in self.adapters}
+        if not isinstance(request, GenerateRequest):
+            openai_api.check_model(request.model, *self.served, *self.adapters)
+            return named.get((request.model or "").casefold())
+        if request.lora is not None and request.lora.casefold() not in named:
+            known = f"Use {', '.join(self.adapters)}." if named else "LORA names none."
+            raise _wrong("lora", "lora_not_found", f"{request.lora!r} is not served here. {known}")
+        return named.get((request.lora or "").casefold())
+
     def text(self, token: int) -> str:
         return str(self.tokenizer.decode([token]))
 
@@ -411,8 +462,126 @@ def _logprob(token: str, logprob: float) -> dict[str, Any]:
     return {"token": token, "logprob": max(logprob, -9999.0), "bytes": known}
 
 
+def resolve_adapters(settings: Settings) -> dict[str, ModelPath]:
+    """The folder of each adapter that LORA names."""
+    found = {}
+    for name, (source, revision) in adapter_sources(settings.lora).items():
+        if name.casefold() in {served.casefold() for served in (settings.public_name, settings.model_name)}:
+            raise StartError(f"LORA: {name} is the model's own name. Choose another.", code="bad_setting")
+        try:
+            found[name] = prewarm.resolve(settings.model_copy(update={"model_revision": revision}), source)
+        except StartError as cause:
+            message = cause.message.removeprefix("MODEL_NAME=")
+            raise StartError(f"LORA, {name}: {message}", code=cause.code) from None
+    return found
+
+
+def load_adapters(model: Any, adapters: Mapping[str, ModelPath]) -> Callable[[list[str | None]], None]:
+    """Put the adapters beside the model's weights; returns what gives each row of a batch its own.
+
+    They are not merged: rows with different adapters and without one run side by side.
+    """
+    from peft import PeftConfig, PeftType
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    inside = {name: f"lora_{number}" for number, name in enumerate(adapters)}  # theirs may not have a dot
+    for name, found in adapters.items():
+
+        def refuse(cause: str) -> StartError:
+            return StartError(f"LORA, {name}: {cause}", code="bad_adapter")  # noqa: B023
+
+        try:
+            config = PeftConfig.from_pretrained(str(found.path))
+            if config.peft_type != PeftType.LORA:
+                raise refuse(f"it is of the kind {config.peft_type}, and this worker runs LoRA.")
+            alone = ("use_dora", "alora_invocation_tokens", "trainable_token_indices", "layer_replication")
+            if config.bias != "none" or any(getattr(config, kind, None) for kind in alone):
+                raise refuse(
+                    "with DoRA, aLoRA, biases, tokens or layers of its own an adapter cannot run beside "
+                    "others. Merge it into its model, and serve that."
+                )
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are wanted
+                info = model.load_adapter(str(found.path), adapter_name=inside[name])
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            cause = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise refuse(f"it does not go into this {type(model).__name__}: {cause}") from None
+        own = {key for key in info.missing_keys if f".{inside[name]}." in f"{key}."}
+        if key := min(own | set(info.unexpected_keys), default=None):
+            raise refuse(f"it was made for another model: {key} is not in both.")
+    names: list[str] = []
+
+    def give(module: Any, args: Any, more: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        known = names
+        if isinstance(module, ModulesToSaveWrapper):  # which, unlike the others, fails at what it has not
+            known = [name if name in module.modules_to_save else "__base__" for name in names]
+        return args, {**more, "adapter_names": known}
+
+    mixing: tuple[type[Any], ...] = (LoraLayer, ModulesToSaveWrapper)
+    for module in model.modules():
+        if isinstance(module, mixing):
+            module.register_forward_pre_hook(give, with_kwargs=True)
+        if isinstance(module, ModulesToSaveWrapper):  # and does nothing if another adapter is the active one
+            module.set_adapter(next(iter(module.modules_to_save)), inference_mode=True)
+
+    def use(rows: list[str | None]) -> None:
+        names[:] = ["__base__" if name is None else inside[name] for name in rows]
+
+    return use
+
+
+def quantization(settings: Settings, config: Any, dtype: Any) -> dict[str, Any]:
+    """What `from_pretrained` is told for QUANTIZATION; of a quantised checkpoint it knows by itself."""
+    made = getattr(config, "quantization_config", None) or {}
+    method = made.get("quant_method") if isinstance(made, dict) else made.quant_method
+    asked = settings.quantization
+    if asked in (None, method):
+        return {}
+    if method is not None:
+        raise StartError(
+            f"QUANTIZATION={asked}: {settings.model_name} is quantised already, with {method}. "
+            "Leave QUANTIZATION out.",
+            code="bad_setting",
+        )
+    if asked in ("awq", "gptq"):
+        raise StartError(
+            f"QUANTIZATION={asked}: {settings.model_name} is not quantised. Use a checkpoint that was made "
+            f"with {asked}, or bitsandbytes-4bit, which quantises any.",
+            code="bad_setting",
+        )
+    # It says at every product that it casts to float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    from transformers import BitsAndBytesConfig
+
+    if asked == "bitsandbytes-8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    four = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )  # fmt: skip
+    return {"quantization_config": four}
+
+
+def _load_problem(error: Exception, settings: Settings) -> Exception:
+    """A cause that a new try cannot mend as StartError; any other `error` as it is."""
+    said = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+    if re.search(r"No GPU found|GPU is required|requires an? .*GPU", said):  # transformers' quantisers
+        return StartError(f"{said} Use an endpoint with a GPU, or another model.", code="no_gpu")
+    if isinstance(error, ImportError):
+        return StartError(
+            f"{said} It is not in this image: add it to the worker's requirements.in and build anew, or "
+            "choose another model or setting.",
+            code="missing_package",
+        )
+    if "attn_implementation" in said:
+        return StartError(f"ATTN_IMPLEMENTATION={settings.attn_implementation}: {said}", code="bad_setting")
+    return error
+
+
 def load(settings: Settings) -> Engine:
     found = prewarm.resolve(settings, settings.model_name)
+    adapters = resolve_adapters(settings)
     with prewarm.phase("import"):
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     with prewarm.phase("load") as phase:
@@ -420,20 +589,28 @@ def load(settings: Settings) -> Engine:
             settings = settings.model_copy(update={"dtype": settings.torch_dtype})
         device, dtype = pick_device(settings)
         trust: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code, "local_files_only": True}
-        config = AutoConfig.from_pretrained(found.path, **trust)
+        config: Any = AutoConfig.from_pretrained(found.path, **trust)
         if getattr(config, "is_encoder_decoder", False):
             raise StartError(
                 f"{settings.model_name} is an encoder-decoder, and this worker runs decoders. Use a causal "
                 "language model.",
                 code="unsupported_architecture",
             )
-        model = AutoModelForCausalLM.from_pretrained(
-            found.path, config=config, dtype=dtype, device_map=settings.device_map,
-            attn_implementation=settings.attn_implementation, **trust,
-        ).eval()  # fmt: skip
-        if settings.device_map is None:
+        quantized = quantization(settings, config, dtype)
+        # What is quantised cannot be moved later.
+        device_map: Any = settings.device_map or ({"": str(device)} if quantized else None)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                found.path, config=config, dtype=dtype, device_map=device_map,
+                attn_implementation=settings.attn_implementation, **quantized, **trust,
+            )  # fmt: skip
+        except (ImportError, ValueError, RuntimeError) as error:
+            raise _load_problem(error, settings) from error
+        if device_map is None:
             model = model.to(device)
         tokenizer = AutoTokenizer.from_pretrained(found.path, **trust)
+        use_adapters = load_adapters(model, adapters) if adapters else None
+        model.eval()
         phase.bytes = sum(weight.nbytes for weight in model.parameters())
     generator = Generator(
         model,
@@ -441,9 +618,10 @@ def load(settings: Settings) -> Engine:
         max_rows=settings.max_batch_size,
         budget=settings.max_batch_tokens or cache_budget(model, settings.gpu_memory_utilization),
         max_length=settings.max_model_len,
+        use_adapters=use_adapters,
     )
     served = (settings.public_name, settings.model_name)
-    return Engine(generator, tokenizer, settings.public_name, served, found.revision)
+    return Engine(generator, tokenizer, settings.public_name, served, found.revision, tuple(adapters))
 
 
 engine: Engine
@@ -478,18 +656,21 @@ class Plan:
 
     prompt_tokens: int
     rows: list[tuple[dict[str, Any], Sampling]]
+    adapter: str | None
 
     def streams(self, engine: Engine, *, each: bool) -> list[AsyncGenerator[Piece]]:
-        return [engine.generator.stream(inputs, sampling, each=each) for inputs, sampling in self.rows]
+        return [
+            engine.generator.stream(inputs, sampling, each=each, adapter=self.adapter)
+            for inputs, sampling in self.rows
+        ]
 
 
 async def plan(request: Making, engine: Engine) -> Plan:
     """Raises JobError for what does not fit: the model, the length, the fields."""
     import torch
 
-    max_tokens = request.max_tokens
+    max_tokens, adapter = request.max_tokens, engine.adapter(request)
     if not isinstance(request, GenerateRequest):
-        openai_api.check_model(request.model, *engine.served)
         _refuse_unserved(request)
     if isinstance(request, ChatRequest):
         max_tokens = request.max_completion_tokens or max_tokens
@@ -507,7 +688,7 @@ async def plan(request: Making, engine: Engine) -> Plan:
         for number in range(count):
             seed = None if asked.seed is None else asked.seed + number
             rows.append((inputs, replace(asked, max_tokens=room, seed=seed)))
-    return Plan(sum(map(len, prompts)), rows)
+    return Plan(sum(map(len, prompts)), rows, adapter)
 
 
 async def _last(pieces: AsyncGenerator[Piece]) -> Piece:
@@ -517,7 +698,7 @@ async def _last(pieces: AsyncGenerator[Piece]) -> Piece:
 
 async def answer(request: Asked, engine: Engine) -> Answer:
     if isinstance(request, ModelsRequest):
-        return openai_api.model_list(engine.name)
+        return openai_api.model_list(engine.name, *engine.adapters)
     planned = await plan(request, engine)
     try:
         async with asyncio.TaskGroup() as group:
@@ -552,7 +733,8 @@ async def answer(request: Asked, engine: Engine) -> Answer:
 
 def _head(request: Making, engine: Engine) -> dict[str, Any]:
     kind = "cmpl" if isinstance(request, CompletionRequest) else "chatcmpl"
-    return {"id": f"{kind}-{current_job.get()['id']}", "created": int(time.time()), "model": engine.name}
+    model = engine.adapter(request) or engine.name
+    return {"id": f"{kind}-{current_job.get()['id']}", "created": int(time.time()), "model": model}
 
 
 def _response(
@@ -569,7 +751,8 @@ def _response(
     first = choices[0]
     return GenerateResponse(
         response=first.response, finish_reason=first.finish_reason, usage=usage, model=engine.name,
-        revision=engine.revision, logprobs=first.logprobs, choices=choices if len(choices) > 1 else None,
+        revision=engine.revision, lora=engine.adapter(request), logprobs=first.logprobs,
+        choices=choices if len(choices) > 1 else None,
     )  # fmt: skip
 
 
@@ -689,7 +872,8 @@ def prepare() -> dict[str, Any]:
     serving = handler if settings.streaming else plain_handler
     if settings.prewarm:
         asked: dict[str, Any] = {"prompt": "Hello", "max_tokens": 4}
-        prewarm.run(serving, [{**asked, "temperature": 0}, asked])
+        each = [{**asked, "lora": name} for name in engine.adapters]
+        prewarm.run(serving, [{**asked, "temperature": 0}, asked, *each])
     return start_config(serving, settings)
 
 
