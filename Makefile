@@ -13,14 +13,16 @@ VENV := .venv
 BIN  := $(VENV)/bin
 PY   := $(BIN)/python
 MADE := $(VENV)/.made
-BAKE := docker buildx bake --file docker-bake.hcl
+BAKE = docker buildx bake --file docker-bake.hcl $(if $(filter host,$(NETWORK)),$(ALLOW))
+# buildx asks for it since 0.17, and does not know it before.
+ALLOW = $(shell docker buildx bake --help | grep -q -- --allow && echo --allow network.host)
 
 # A worker is a folder of workers/ with a file in it.
 WORKERS := $(sort $(foreach file,$(filter-out %/__pycache__,$(wildcard workers/*/*)),$(word 2,$(subst /, ,$(file)))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast lint fmt bench docs lock new-worker clean build push \
-        $(foreach verb,run serve build push,$(WORKERS:%=$(verb)-%))
+.PHONY: help setup run test test-fast test-images lint fmt bench docs lock new-worker clean build push size \
+        $(foreach verb,run serve build push shell,$(WORKERS:%=$(verb)-%))
 
 ##@ Try it
 run: $(MADE) ## The embeddings worker with a real model, on this machine, from cold start to answers
@@ -60,7 +62,7 @@ clean: ## Remove the environment and every cache
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-##@ Ship (needs Docker with buildx 0.13 or newer)
+##@ Images (need Docker with buildx 0.13 or newer)
 build: ## Build every image into the local engine
 	@$(BAKE) --load $(ARGS)
 push: ## Build every image and push it, with provenance and SBOM
@@ -69,6 +71,13 @@ $(WORKERS:%=build-%): build-%: ## Build one image into the local engine
 	@$(BAKE) --load $* $(ARGS)
 $(WORKERS:%=push-%): push-%: ## Build one image and push it, with provenance and SBOM
 	@$(BAKE) --push $*-release $(ARGS)
+$(WORKERS:%=shell-%): shell-%: ## A shell in the image that make build-<worker> has built
+	@docker run --rm --interactive --tty --pull=never --entrypoint bash $(ARGS) \
+	  $$($(PYTHON) -m tools.images name $*)
+size: ## How large the images are that are built, and how much of each no other one has
+	@$(PYTHON) -m tools.images size
+test-images: $(MADE) ## Build the images and test them, on this CPU; IMAGES="llava bge" for some of them
+	@$(PY) -m pytest tests/images/built.py $(ARGS)
 
 ##@ And
 help: ## This list
@@ -88,7 +97,13 @@ help: ## This list
 	  PLATFORM 'of the images (linux/amd64)' \
 	  CACHE 'registry: keep a build cache beside each pushed image (none)' \
 	  MODEL_NAME 'a model to bake into the image, with MODEL_REVISION (none)' \
-	  HF_TOKEN 'for a gated model that is baked in; from the environment only'
+	  HF_TOKEN 'for a gated model that is baked in; from the environment only' \
+	  HF_ENDPOINT 'the hub that it is taken from (https://huggingface.co)' \
+	  BASE_IMAGE 'a base in place of the one in docker-bake.hcl, such as a mirror of it' \
+	  SOURCE 'the address of the source code that the images name' \
+	  NETWORK 'host: builds use the network of this machine' \
+	  IMAGE '1: make run-<worker> and serve-<worker> run the image, not the file' \
+	  IMAGES 'the workers whose images make test-images tests (all)'
 
 $(MADE): requirements-dev.txt workers/torch.in tools/environment.py
 	@$(PYTHON) tools/environment.py $(VENV)

@@ -48,6 +48,22 @@ variable "MODEL_REVISION" {
   default = ""
 }
 
+# The hub that it is taken from.
+variable "HF_ENDPOINT" {
+  default = "https://huggingface.co"
+}
+
+# A base in place of the one that BASES names, such as a mirror of it or another Python.
+variable "BASE_IMAGE" {
+  default = ""
+}
+
+# "host": builds use the network of this machine, as a mirror or a hub on it needs. bake then asks for
+# --allow network.host (buildx 0.17 and newer).
+variable "NETWORK" {
+  default = ""
+}
+
 # The time that every file in a layer carries. A constant: file times are part of a layer's digest, so that
 # the time of the commit would ship all layers anew with each commit.
 variable "SOURCE_DATE_EPOCH" {
@@ -66,6 +82,11 @@ WORKERS = {
 
 BASES = {
   python = { image = "docker.io/library/python:3.12-slim-trixie", cuda = "13.0" }
+}
+
+function "base" {
+  params = [worker]
+  result = BASE_IMAGE == "" ? BASES[WORKERS[worker].base].image : BASE_IMAGE
 }
 
 # ---- Tags ----------------------------------------------------------------------------------------------
@@ -101,11 +122,13 @@ target "worker" {
   context    = "."
   dockerfile = "workers/${worker}/Dockerfile"
   platforms  = [PLATFORM]
+  network    = NETWORK == "" ? null : NETWORK
   tags       = tags(worker)
   args = {
-    BASE_IMAGE        = BASES[WORKERS[worker].base].image
+    BASE_IMAGE        = base(worker)
     MODEL_NAME        = MODEL_NAME
     MODEL_REVISION    = MODEL_REVISION
+    HF_ENDPOINT       = HF_ENDPOINT
     SOURCE_DATE_EPOCH = SOURCE_DATE_EPOCH
   }
   # Mounted for the one RUN that reads it. A build argument would stay in the image's history.
@@ -117,7 +140,7 @@ target "worker" {
     "org.opencontainers.image.licenses"    = "Apache-2.0"
     "org.opencontainers.image.version"     = tag
     "org.opencontainers.image.revision"    = REVISION
-    "org.opencontainers.image.base.name"   = BASES[WORKERS[worker].base].image
+    "org.opencontainers.image.base.name"   = base(worker)
   }
   cache-from = CACHE == "registry" ? ["type=registry,ref=${REGISTRY}/worker-${worker}:buildcache"] : []
 }

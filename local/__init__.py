@@ -4,8 +4,9 @@ with running("sentence-transformers") as platform:
     requests.post(platform.endpoint_url + "/runsync", json={"input": {...}}, headers={"Authorization": "x"})
 """
 
+from local.containers import Container
 from local.platform import Platform, running
 from local.queue import Rules
 from local.workers import WorkerFailed, WorkerProcess
 
-__all__ = ["Platform", "Rules", "WorkerFailed", "WorkerProcess", "running"]
+__all__ = ["Container", "Platform", "Rules", "WorkerFailed", "WorkerProcess", "running"]

@@ -1,11 +1,12 @@
 """`python -m local serve <worker>`: an endpoint on this machine until Ctrl-C. `python -m local run <worker>`:
-the worker's test_input.json through /runsync, once.
+the worker's test_input.json through /runsync, once. With --image its image runs, not its handler's file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 from aiohttp import ClientSession
 
 from local import Platform, Rules, WorkerFailed, running
+from local.containers import Container
 from local.platform import find_handler
 
 _READY_TIMEOUT = 3600.0
@@ -65,9 +67,12 @@ def run(arguments: argparse.Namespace, handler: Path) -> int:
 def _start(
     arguments: argparse.Namespace, handler: Path, rules: Rules | None = None
 ) -> AbstractContextManager[Platform]:
-    print(f"Starting {handler.parent.name}/{handler.name} ...", file=sys.stderr, flush=True)
+    what = arguments.image or f"{handler.parent.name}/{handler.name}"
+    print(f"Starting {what} ...", file=sys.stderr, flush=True)
+    container = Container(arguments.image, arguments.docker) if arguments.image else None
     return running(
         handler,
+        container=container,
         workers=arguments.workers,
         env=dict(arguments.env),
         rules=rules,
@@ -127,9 +132,9 @@ def _test_input(handler: Path) -> Path:
 
 def _assignment(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    return name, value
+    if not name or not (equals or name in os.environ):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, nor is it set here")
+    return name, value if equals else os.environ[name]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,7 +145,22 @@ def main(argv: list[str] | None = None) -> int:
         sub = commands.add_parser(name, help=command.__doc__)
         sub.set_defaults(command=command)
         sub.add_argument("worker", help="a folder under workers/, or a handler's .py file")
-        sub.add_argument("--env", metavar="NAME=VALUE", type=_assignment, action="append", default=[])
+        sub.add_argument(
+            *("--env", "-e"),
+            metavar="NAME[=VALUE]",
+            type=_assignment,
+            action="append",
+            default=[],
+            help="a variable for the worker; without a value, the one of this environment",
+        )
+        sub.add_argument("--image", help="run this image, not the handler's file; needs Docker")
+        sub.add_argument(
+            "--docker",
+            metavar="OPTION",
+            action="append",
+            default=[],
+            help="an option of docker run, as in --docker=--gpus=all",
+        )
         sub.add_argument("--port", type=int, default=8000 if name == "serve" else 0)
         if name == "serve":
             sub.add_argument("--workers", type=int, default=1)

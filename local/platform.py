@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from aiohttp import ClientSession, web
 
+from local.containers import Container
 from local.queue import Job, Queue, Rules
 from local.server import call_webhook, make_app
 from local.workers import Fleet, WorkerProcess
@@ -91,7 +92,7 @@ class Platform:
             await self._runner.cleanup()
 
     async def add_worker(
-        self, command: Sequence[str], *, cwd: Path, env: Mapping[str, str] | None = None
+        self, command: Sequence[str] | Container, *, cwd: Path, env: Mapping[str, str] | None = None
     ) -> WorkerProcess:
         """Start a worker process and keep it alive, as `rules` say.
 
@@ -158,6 +159,7 @@ def running(
     rules: Rules | None = None,
     port: int = 0,
     python: str = sys.executable,
+    container: Container | None = None,
     ready_timeout: float = 120,
     echo: bool = False,
 ) -> Iterator[Platform]:
@@ -166,17 +168,19 @@ def running(
     worker: the name of a folder under workers/, or the path of a handler's .py file.
     env: on top of this process's environment and of what RunPod sets.
     python: the interpreter that runs the handler.
+    container: an image that is run in the handler's place.
     ready_timeout: seconds.
     Raises FileNotFoundError, WorkerFailed, TimeoutError, OSError (port taken).
     """
     handler = find_handler(worker)
     paths = [str(ROOT), *filter(None, [(env or {}).get("PYTHONPATH", os.environ.get("PYTHONPATH"))])]
-    worker_env = {**(env or {}), "PYTHONPATH": os.pathsep.join(paths)}
+    worker_env = dict(env or {}) if container else {**(env or {}), "PYTHONPATH": os.pathsep.join(paths)}
+    command = container or [python, "-u", handler.name]
     platform = Platform(port=port, rules=rules, echo=echo)
 
     async def add_workers() -> None:
         for _ in range(workers):
-            await platform.add_worker([python, "-u", handler.name], cwd=handler.parent, env=worker_env)
+            await platform.add_worker(command, cwd=handler.parent, env=worker_env)
         await platform.wait_ready(ready_timeout, workers)
 
     loop = asyncio.new_event_loop()

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from local.containers import Container
 from local.queue import Queue, Rules
 
 _PHASE = re.compile(r"phase=(\S+) seconds=(\d+(?:\.\d+)?)")
@@ -35,9 +36,11 @@ class WorkerProcess:
     returncode: None while it lives; negative for a signal.
     """
 
-    def __init__(self, fleet: Fleet, command: Sequence[str], cwd: Path, env: Mapping[str, str]) -> None:
+    def __init__(
+        self, fleet: Fleet, command: Sequence[str] | Container, cwd: Path, env: Mapping[str, str]
+    ) -> None:
         self.id = uuid.uuid4().hex[:14]
-        self.command, self.cwd, self.env = list(command), cwd, dict(env)
+        self.command, self.cwd, self.env = command, cwd, dict(env)
         self.phases: dict[str, float] = {}
         self.ready_after: float | None = None
         self.returncode: int | None = None
@@ -124,7 +127,12 @@ class WorkerProcess:
 
     async def start(self, env: Mapping[str, str]) -> None:
         """Start the process, in a session of its own."""
-        command = self.command
+        env = {**env, **self.env}
+        if isinstance(self.command, Container):
+            passed = {name for name in env if name.startswith("RUNPOD_") or name.lower() == "no_proxy"}
+            command = self.command.command(self.id, passed | set(self.env))
+        else:
+            command = list(self.command)
         if setpriv := shutil.which("setpriv"):
             # Linux: should this process die without a chance to clean up, its workers end too.
             command = [setpriv, "--pdeathsig", "TERM", *command]
@@ -139,7 +147,7 @@ class WorkerProcess:
             self._process = await asyncio.create_subprocess_exec(
                 *command,
                 cwd=self.cwd,
-                env={**env, **self.env},
+                env=env,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=write,
                 stderr=write,
@@ -156,6 +164,8 @@ class WorkerProcess:
         assert self._process is not None
         code = await self._process.wait()
         self._signal_group()
+        if isinstance(self.command, Container):
+            await self.command.remove(self.id)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._log.closed.wait(), 5)
         self._pipe.close()
@@ -227,7 +237,9 @@ class Fleet:
         self._change = asyncio.Event()
         self._stop = asyncio.Event()
 
-    async def add(self, command: Sequence[str], cwd: Path, env: Mapping[str, str]) -> WorkerProcess:
+    async def add(
+        self, command: Sequence[str] | Container, cwd: Path, env: Mapping[str, str]
+    ) -> WorkerProcess:
         """Start a worker and keep it alive."""
         worker = WorkerProcess(self, command, cwd, env)
         await worker.start(self._environment(worker.id))

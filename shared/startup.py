@@ -8,11 +8,13 @@ from __future__ import annotations
 import errno
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
 import threading
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from shared.errors import JobError, StartError
@@ -122,14 +124,28 @@ def refuse(cause: StartError) -> Config:
 
 
 def log_versions(worker: str) -> None:
-    """One line that says what runs: worker, Python, SDK and, where installed, torch."""
+    """One line that says what runs: worker, Python, CUDA, model and, where installed, SDK and libraries."""
     parts = [f"worker={worker}", f"python={platform.python_version()}"]
     for package in ("runpod", "torch", "transformers"):
         try:
             parts.append(f"{package}={importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             continue
+    parts.append(f"cuda={cuda_version() or 'none'}")
     log.info("versions %s model=%s", " ".join(parts), redact(os.environ.get("MODEL_NAME", "default")))
+
+
+def cuda_version() -> str | None:
+    """The CUDA that torch was built for, read from its files: importing it takes seconds.
+
+    Where there is no torch, what the base image says in CUDA_VERSION. None for a build without CUDA.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return os.environ.get("CUDA_VERSION")
+    text = Path(spec.origin).with_name("version.py").read_text()
+    match = re.search(r"^cuda\b.*= *['\"]([\d.]+)['\"]", text, re.MULTILINE)
+    return match[1] if match else None
 
 
 def run(prepare: Callable[[], Config], *, worker: str) -> Config:

@@ -23,7 +23,7 @@ from tools import bake, changed, docs, lock
 from tools.workers import ROOT, load_handler, worker_names
 
 FILES = {"handler.py", "Dockerfile", "requirements.in", "requirements.txt", "test_input.json", "README.md"}
-VERBS = ("run", "serve", "build", "push")
+VERBS = ("run", "serve", "build", "push", "shell")
 BIN = Path(sys.executable).parent
 NO_NETWORK = re.compile("Failed to fetch|error sending request|Request failed")
 

@@ -6,7 +6,11 @@ import errno
 import json
 import logging
 import os
+import re
+import subprocess
+import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -201,10 +205,34 @@ def test_any_other_failure_exits_so_that_the_worker_is_replaced(capsys: pytest.C
     assert "hub is down" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("line", "cuda"), [("'13.0'", "13.0"), ("None", None)])
+def test_the_cuda_of_torch_is_known_without_importing_it(line: str, cuda: str | None, tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise RuntimeError('imported')")
+    version = (
+        f"from typing import Optional\n__version__ = '2.13.0'\ncuda: Optional[str] = {line}\nhip = '7.0'\n"
+    )
+    (tmp_path / "torch/version.py").write_text(version)
+    code = "from shared.startup import cuda_version; print(cuda_version())"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(cuda)
+
+
+def test_without_torch_the_base_image_names_its_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("CUDA_VERSION", "12.9.1")
+    assert startup.cuda_version() == "12.9.1"
+
+
 def test_a_good_start_returns_the_configuration_and_logs_it(capsys: pytest.CaptureFixture[str]) -> None:
     config = {"handler": print}
     assert startup.run(lambda: config, worker="w") is config
     out = capsys.readouterr().out
-    assert "versions worker=w python=" in out
+    assert re.search(
+        r"versions worker=w python=\S+ runpod=\S+ torch=\S+ transformers=\S+ cuda=\S+ model=", out
+    )
     assert "phase=ready" in out
     assert os.environ["RUNPOD_LOG_LEVEL"] == "INFO"

@@ -1,0 +1,54 @@
+"""The platform with a worker in a container. `docker` is a shell script here that starts the handler itself;
+with a real engine the same is tried in tests/images/built.py."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from local import Container, running
+from tests.local.conftest import HANDLERS, RULES, Client, until
+
+pytestmark = pytest.mark.engine
+
+DOCKER = """#!/bin/sh
+echo "$@" >> {log}
+[ "$1" = run ] || exit 0
+for word; do
+    case $word in --env=*) names="$names ${{word#--env=}}" ;; esac
+done
+cd {handlers}
+exec env -i PATH="$PATH" PYTHONPATH={root} $(for name in $names; do eval "echo $name=\\"\\$$name\\""; done) \\
+    {python} -u echo.py
+"""
+
+
+def test_a_container_is_run_told_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, notes, root = tmp_path / "log", tmp_path / "notes", HANDLERS.parents[2]
+    (tmp_path / "docker").write_text(
+        DOCKER.format(log=log, handlers=HANDLERS, python=sys.executable, root=root)
+    )
+    (tmp_path / "docker").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("LEFT_OUT", "of this machine")
+    env = {"NOTES": str(notes), "RUNPOD_LOG_LEVEL": "INFO"}
+    container = Container("an/image:dev", ["--read-only"])
+    with running(HANDLERS / "echo.py", container=container, env=env, rules=RULES) as platform:
+        client = Client(platform)
+        (worker,) = platform.workers
+        assert client.runsync(value=5)["status"] == "COMPLETED"
+        (run,) = log.read_text().splitlines()
+        assert run.endswith("--read-only an/image:dev")
+        assert "--env=NOTES" in run
+        assert "--env=RUNPOD_WEBHOOK_GET_JOB" in run
+        assert "LEFT_OUT" not in run
+        worker.kill()
+        until(lambda: platform.workers[0].id != worker.id and platform.workers[0].state == "idle")
+        assert client.runsync(value=6)["status"] == "COMPLETED"
+        replacement = platform.workers[0]
+    removed = [line.split()[-1] for line in log.read_text().splitlines() if line.startswith("rm")]
+    assert removed == [Container.name(worker.id), Container.name(replacement.id)]
+    assert replacement.returncode == 0, "SIGTERM reached the worker, which ended by itself"
