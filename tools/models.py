@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from tools import tiny_causal, tiny_florence2, tiny_llava, tiny_retrieval
+from tools import tiny_causal, tiny_florence2, tiny_llava, tiny_retrieval, vllm_cpu
 from tools.workers import ROOT
 
 # model.safetensors of sentence-transformers/all-MiniLM-L6-v2, as its own repository publishes it. The PyPI
@@ -66,6 +66,11 @@ _LOCAL: dict[str, Callable[[], dict[str, str]]] = {
     "llava": lambda: {
         "MODEL_NAME": str(made("llava", tiny_llava.make)),
         "SERVED_MODEL_NAME": "tiny/llava",
+    },
+    "vllm": lambda: {
+        "MODEL_NAME": str(made("engines", tiny_causal.make_for_engines)),
+        "SERVED_MODEL_NAME": "tiny-random/llama",
+        **vllm_cpu.engine_env(),
     },
     "sentence-transformers": lambda: {"MODEL_NAME": str(minilm()), "SERVED_MODEL_NAME": "all-MiniLM-L6-v2"},
 }

@@ -41,6 +41,11 @@ def make(
     return folder
 
 
+def make_for_engines(folder: Path) -> Path:
+    """A Llama that vLLM's attention takes, on CPU too: its heads are of 32 numbers."""
+    return make(folder, hidden=128)
+
+
 def _tokenizer(vocabulary: int, *, chat: bool) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

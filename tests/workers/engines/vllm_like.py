@@ -1,0 +1,73 @@
+"""As much of `vllm serve` as the failures of workers/vllm need, in a second instead of a minute.
+
+Prompts are orders: `wait SECONDS`, `die`, `hang`, anything else is answered. Environment: FAKE_SAYS is
+written before an exit with status 1, FAKE_SAYS_ONCE (FILE:TEXT) only where FILE is not there yet.
+Its processes are the server and one that would hold a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from aiohttp import web
+
+parser = argparse.ArgumentParser()
+parser.add_argument("model")
+parser.add_argument("--port", type=int)
+options, rest = parser.parse_known_args()
+
+
+async def obey(prompt: str) -> None:
+    order, _, value = prompt.partition(" ")
+    if order == "wait":
+        await asyncio.sleep(float(value))
+    if order == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if order == "hang":
+        time.sleep(3600)  # noqa: ASYNC251 (that is the point)
+
+
+async def completions(request: web.Request) -> web.StreamResponse:
+    body = await request.json()
+    name = f"cmpl-{request.headers['X-Request-Id']}"
+    answer = {"id": name, "object": "text_completion", "choices": [{"index": 0, "text": "ok"}], "argv": rest}
+    if not body.get("stream"):
+        await obey(body["prompt"])
+        return web.json_response(answer)
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await response.prepare(request)
+    await response.write(f"data: {json.dumps(answer)}\n\n".encode())
+    await obey(body["prompt"])
+    await response.write(b"data: [DONE]\n\n")
+    return response
+
+
+async def health(_: web.Request) -> web.Response:
+    return web.Response()
+
+
+async def metrics(_: web.Request) -> web.Response:
+    return web.Response(text='vllm:cache_config_info{engine="0",kv_cache_max_concurrency="3.5"} 1.0\n')
+
+
+if __name__ == "__main__":
+    file, _, once = os.environ.get("FAKE_SAYS_ONCE", "").partition(":")
+    says = os.environ.get("FAKE_SAYS") or (once if file and not Path(file).exists() else "")
+    if file:
+        Path(file).touch()
+    if says:
+        sys.exit(says)
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+    app = web.Application()
+    app.router.add_post("/v1/completions", completions)
+    app.router.add_get("/health", health)
+    app.router.add_get("/metrics", metrics)
+    web.run_app(app, host="127.0.0.1", port=options.port, print=None, handler_cancellation=True)
