@@ -47,13 +47,18 @@ def arriving(where: Platform, values: Sequence[Any]) -> list[float]:
     return asyncio.run(everything())
 
 
-def bare(model: str, prompts: Sequence[str]) -> dict[str, float]:
+def bare(model: str, even: Sequence[dict[str, Any]], mixed: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    wanted = {
+        "even": [it["prompt"] for it in even],
+        "mixed": [(it["prompt"], it["max_tokens"]) for it in mixed],
+        "gap": GAP,
+    }
     done = subprocess.run(
         [sys.executable, str(HERE / "bare" / "huggingface.py"), model, str(TOKENS)],
-        input=json.dumps(prompts), capture_output=True, text=True, check=True,
+        input=json.dumps(wanted), stdout=subprocess.PIPE, text=True, check=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), **THREADS},
     )  # fmt: skip
-    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
 
@@ -67,7 +72,7 @@ def measure(model: str) -> dict[str, Any]:
     even = [asked(i, prompt, TOKENS) for i, prompt in enumerate(prompts)]
     mixed = [asked(i, p, draw.randint(16, 128)) for i, p in enumerate(texts(ARRIVALS, 4, 16, seed=2))]
     env = {"MODEL_NAME": model, "HF_HUB_OFFLINE": "1", "SERVED_MODEL_NAME": "random/llama-50m", **THREADS}
-    found: dict[str, Any] = {"bare": bare(model, prompts)}
+    found: dict[str, Any] = {"bare": bare(model, even, mixed)}
     for name, handler in (("ours", "huggingface"), ("naive", HERE / "naive" / "huggingface.py")):
         print(f"  {name}", flush=True)
         with running(handler, env=env) as where:
@@ -85,6 +90,14 @@ def measure(model: str) -> dict[str, Any]:
             "answers": answers,
         }
     return found
+
+
+def bare_row(name: str, found: dict[str, Any] | None) -> tuple[Any, ...]:
+    if found is None:
+        return name, "failed", "", "", ""
+    wrong = f" ({found['wrong']} answers differ from generate's)" if found["wrong"] else ""
+    mixed = found["mixed"]
+    return f"{name}{wrong}", found["even"], found["one"], statistics.mean(mixed), max(mixed)
 
 
 def report(found: dict[str, Any], where: dict[str, str]) -> tuple[str, dict[str, Any]]:
@@ -109,16 +122,17 @@ def report(found: dict[str, Any], where: dict[str, str]) -> tuple[str, dict[str,
     rows = [
         ("naive handler", naive["burst"], naive["lone"], statistics.mean(late["naive"]), max(late["naive"])),
         ("this worker", ours["burst"], ours["lone"], statistics.mean(late["ours"]), max(late["ours"])),
-        ("its engine alone", plain["engine"], plain["engine_one"], "", ""),
-        ("transformers' continuous batching", plain.get("continuous", "failed"), "", "", ""),
+        bare_row("its engine alone", plain.get("engine")),
+        bare_row("transformers' continuous batching, sdpa", plain.get("continuous sdpa")),
+        bare_row("transformers' continuous batching, eager", plain.get("continuous eager")),
         ("generate", "", plain["generate"], "", ""),
     ]
     heads = ["seconds", f"{JOBS} jobs", "one job", f"{ARRIVALS} arriving, mean", "slowest"]
     text = f"""# huggingface
 
 A random Llama of 50 million parameters in float32, greedy, {TOKENS} tokens a job (the {ARRIVALS} that
-arrive: 16 to 128), through `/runsync` of the local platform and the unmodified SDK; the last three rows are
-without them.
+arrive: 16 to 128), through `/runsync` of the local platform and the unmodified SDK; the last four rows are
+without them, in a process of their own.
 Written by `python -m benchmarks huggingface`.
 
 {table(["", "measured", "aim", "reached"], [(*goal[:3], verdict[bool(goal[3])]) for goal in goals])}

@@ -1,7 +1,11 @@
-"""transformers and nothing else: huggingface.py MODEL TOKENS, prompts as a JSON list on standard input.
+"""transformers and nothing else: huggingface.py MODEL TOKENS, with an object on standard input:
+{"even": [prompt, ...], "mixed": [[prompt, tokens], ...], "gap": seconds}.
 
-Prints the seconds of the first prompt through `generate` (the median of three), and of all prompts through
-transformers' continuous batching and through shared.generation's engine, in this order and in one process.
+Prints the seconds of the first prompt through `generate` (the median of three). Then, for the engine of
+shared.generation and for transformers' continuous batching with both of its attentions that a CPU has: the
+seconds of the first prompt (the median of three), those of all of `even` at once, the latencies of `mixed`,
+which come `gap` seconds apart, and how many answers to `even` are not generate's. One after another, in one
+process.
 """
 
 import asyncio
@@ -9,7 +13,8 @@ import json
 import statistics
 import sys
 import time
-from contextlib import aclosing
+from collections.abc import Iterator, Sequence
+from contextlib import aclosing, contextmanager
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,56 +22,120 @@ from transformers.generation import ContinuousBatchingConfig, GenerationConfig
 
 from shared.generation import Generator, Sampling
 
+Asked = Sequence[tuple[list[int], int]]  # prompts and the tokens of their answers
+Answers = tuple[float, list[float], list[list[int]]]  # seconds of all, latencies, tokens
+
 name, tokens = sys.argv[1], int(sys.argv[2])
+wanted = json.load(sys.stdin)
 tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
-model.generation_config.eos_token_id = None
-prompts = [tokenizer(text)["input_ids"] for text in json.load(sys.stdin)]
+even: Asked = [(tokenizer(text)["input_ids"], tokens) for text in wanted["even"]]
+mixed: Asked = [(tokenizer(text)["input_ids"], most) for text, most in wanted["mixed"]]
+gap: float = wanted["gap"]
 
 
-def generate(ids: list[int]) -> float:
+def load(attention: str) -> AutoModelForCausalLM:
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation=attention)
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def generate(model: AutoModelForCausalLM, ids: list[int]) -> tuple[float, list[int]]:
     begin = time.perf_counter()
-    model.generate(
+    out = model.generate(
         torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=tokens, do_sample=False,
         pad_token_id=0,
     )  # fmt: skip
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, out[0, len(ids) :].tolist()
 
 
-async def engine(count: int) -> float:
-    generator = Generator(model, tokenizer)
-    generator._ends = frozenset()
+class Engine:
+    def __init__(self, model: AutoModelForCausalLM) -> None:
+        self.generator = Generator(model, tokenizer)
+        self.generator._ends = frozenset()
 
-    async def one(ids: list[int]) -> None:
-        tensor = torch.tensor([ids])
-        inputs = {"input_ids": tensor, "attention_mask": torch.ones_like(tensor)}
-        async with aclosing(generator.stream(inputs, Sampling(tokens), each=False)) as pieces:
-            await anext(pieces)
+    def run(self, asked: Asked, gap: float) -> Answers:
+        async def one(number: int, ids: list[int], most: int) -> tuple[float, list[int]]:
+            await asyncio.sleep(number * gap)
+            begin = time.perf_counter()
+            tensor = torch.tensor([ids])
+            inputs = {"input_ids": tensor, "attention_mask": torch.ones_like(tensor)}
+            # logprobs: what tells the tokens themselves
+            async with aclosing(self.generator.stream(inputs, Sampling(most, logprobs=0), each=False)) as it:
+                piece = await anext(it)
+            return time.perf_counter() - begin, [chance.token for chance in piece.chances]
 
-    await one(prompts[0][:2])
-    begin = time.perf_counter()
-    await asyncio.gather(*map(one, prompts[:count]))
-    took = time.perf_counter() - begin
-    generator.close()
-    return took
+        async def everything() -> Answers:
+            begin = time.perf_counter()
+            answers = await asyncio.gather(*(one(i, *each) for i, each in enumerate(asked)))
+            took = time.perf_counter() - begin
+            return took, [late for late, _ in answers], [ids for _, ids in answers]
+
+        return asyncio.run(everything())
 
 
-def continuous() -> float:
+@contextmanager
+def engine(model: AutoModelForCausalLM) -> Iterator[Engine]:
+    made = Engine(model)
+    yield made
+    made.generator.close()
+
+
+class Manager:
+    def __init__(self, manager: object) -> None:
+        self.manager = manager
+
+    def run(self, asked: Asked, gap: float) -> Answers:
+        begin, sent = time.perf_counter(), 0
+        late: dict[int, float] = {}
+        made: dict[int, list[int]] = {}
+        while len(late) < len(asked):
+            now = time.perf_counter() - begin
+            if sent < len(asked) and now >= sent * gap:
+                ids, most = asked[sent]
+                self.manager.add_request(ids, request_id=str(sent), max_new_tokens=most)
+                sent += 1
+                continue
+            if not self.manager.is_running():
+                raise RuntimeError("the manager stopped")
+            result = self.manager.get_result(timeout=sent * gap - now if sent < len(asked) else 1)
+            if result is not None and result.is_finished():
+                number = int(result.request_id)
+                late[number] = time.perf_counter() - begin - number * gap
+                made[number] = result.generated_tokens
+        took = time.perf_counter() - begin
+        numbers = range(len(asked))
+        return took, [late[i] for i in numbers], [made[i] for i in numbers]
+
+
+@contextmanager
+def continuous(model: AutoModelForCausalLM) -> Iterator[Manager]:
     config = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    settings = ContinuousBatchingConfig(num_blocks=64, page_size=64, max_batch_tokens=512)
-    begin = time.perf_counter()
-    model.generate_batch(
-        inputs=prompts, generation_config=config, continuous_batching_config=settings, progress_bar=False
-    )
-    return time.perf_counter() - begin
+    settings = ContinuousBatchingConfig(num_blocks=256, page_size=32, max_batch_tokens=512)
+    with model.continuous_batching_context_manager(
+        generation_config=config, continuous_batching_config=settings
+    ) as manager:
+        yield Manager(manager)
 
 
-generate(prompts[0])
-found = {"generate": statistics.median(generate(prompts[0]) for _ in range(3))}
-found["engine_one"] = statistics.median(asyncio.run(engine(1)) for _ in range(3))
-found["engine"] = asyncio.run(engine(len(prompts)))
-try:
-    found["continuous"] = continuous()
-except Exception as error:
-    print(repr(error), file=sys.stderr)
+def measure(runs: Engine | Manager, expected: list[list[int]]) -> dict[str, object]:
+    runs.run([(even[0][0][:2], 2)], 0)
+    one = statistics.median(runs.run(even[:1], 0)[0] for _ in range(3))
+    took, _, made = runs.run(even, 0)
+    wrong = sum(a != b for a, b in zip(made, expected, strict=True))
+    return {"one": one, "even": took, "mixed": runs.run(mixed, gap)[1], "wrong": wrong}
+
+
+model = load("sdpa")
+expected = [generate(model, ids)[1] for ids, _ in even]
+found: dict[str, object] = {"generate": statistics.median(generate(model, even[0][0])[0] for _ in range(3))}
+for label, opened, attention in (
+    ("engine", engine, "sdpa"),
+    ("continuous sdpa", continuous, "sdpa"),
+    ("continuous eager", continuous, "eager"),
+):
+    try:
+        with opened(load(attention)) as runs:
+            found[label] = measure(runs, expected)
+    except Exception as error:
+        print(f"{label}: {error!r}", file=sys.stderr)
 print(json.dumps(found))

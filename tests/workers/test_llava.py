@@ -297,7 +297,7 @@ async def test_jobs_at_the_same_time_get_their_own_answers(
 
 
 @engine
-async def test_a_stream_is_the_plain_answer_in_pieces(worker: ModuleType) -> None:
+async def test_a_stream_is_the_plain_answer_in_pieces(worker: ModuleType, slow: None) -> None:
     for colour in ANSWERS:
         plain = await send(worker, image=png(colour), prompt=WHAT)
         *pieces, end = await parts(worker, image=png(colour), prompt=WHAT, stream=True)
