@@ -47,6 +47,7 @@ def made(name: str, build: Callable[[Path], object]) -> Path:
         (new / stamp).touch()
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
+    folder.chmod(0o755)  # mkdtemp's are the maker's alone, and a container may run as another user
     return folder
 
 

@@ -1,0 +1,422 @@
+"""The images themselves, built and run: `make test-images`. `make test` does not collect this file.
+
+It needs Docker with buildx, and takes minutes for each image. IMAGES names the workers (all), BASE_IMAGE
+another Python base, NETWORK=host the network for builds. The models are those of `make run-<worker>`, mounted
+or baked in, on the CPU.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from local import Container, Platform, Rules, WorkerProcess, running
+from tests.hub import Hub
+from tools.images import Layer, image, layers
+from tools.models import local_env
+from tools.start import mounts
+from tools.workers import ROOT, load_handler, worker_names
+
+WORKERS = os.environ.get("IMAGES", "").split() or worker_names()
+RULES = Rules(restart_delay=0.1, grace=30)
+READY = 600.0  # seconds; a layer that was just built is read from the disk for the first time
+KEY = {"Authorization": "Bearer any"}
+
+
+def missing() -> str | None:
+    """What keeps images from being built here."""
+    if not shutil.which("docker"):
+        return "docker is not installed"
+    for command in (["docker", "info"], ["docker", "buildx", "version"]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode or "ERROR" in done.stderr:
+            return f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1]}"
+    return None
+
+
+if reason := missing():
+    pytest.skip(f"Images are not tested: {reason}", allow_module_level=True)
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(3600)]
+each_worker = pytest.mark.parametrize("worker", WORKERS)
+
+
+def docker(*arguments: str, check: bool = True) -> str:
+    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def with_containerd() -> bool:
+    """Whether the engine keeps images as registries do: only then can it export attestations and digests."""
+    return "io.containerd.snapshotter" in docker("info", "--format", "{{.DriverStatus}}")
+
+
+needs_containerd = pytest.mark.skipif(
+    not with_containerd(),
+    reason='digests take {"features": {"containerd-snapshotter": true}} in the daemon.json of Docker',
+)
+
+
+def bake(
+    target: str, *flags: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None, **override: Any
+) -> None:
+    """`docker buildx bake target`. override: attributes of the target in place of the file's."""
+    changes = json.dumps({"target": {target: override}})
+    allow = ["--allow=network.host"] if "--allow" in docker("buildx", "bake", "--help") else []
+    command = ["docker", "buildx", "bake", *allow, "--file=docker-bake.hcl", "--file=-", *flags, target]
+    environment = {**os.environ, **(env or {})}
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, input=changes, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+@pytest.fixture(scope="session")
+def built() -> Callable[[str], str]:
+    """Builds the image of a worker, once, as `make build-<worker>` does, and returns its name."""
+    done = set[str]()
+
+    def build(worker: str) -> str:
+        if worker not in done:
+            subprocess.run(["make", f"build-{worker}"], cwd=ROOT, check=True)
+            done.add(worker)
+        return image(worker)
+
+    return build
+
+
+def layers_of(name: str) -> list[Layer]:
+    found = layers(name)
+    assert found is not None
+    return found
+
+
+@contextmanager
+def serving(
+    worker: str, name: str, *options: str, env: Mapping[str, str] | None = None
+) -> Iterator[tuple[Platform, WorkerProcess]]:
+    """The image `name` under the local platform. env: of the worker; its model at hand, unless given."""
+    variables = local_env(worker) if env is None else dict(env)
+    container = Container(name, [*mounts(variables), *options])
+    with running(worker, container=container, env=variables, rules=RULES, ready_timeout=READY) as platform:
+        (process,) = platform.workers
+        yield platform, process
+
+
+def post(platform: Platform, route: str, body: Any) -> Any:
+    return requests.post(f"{platform.endpoint_url}/{route}", json=body, headers=KEY, timeout=300).json()
+
+
+def status(platform: Platform, job: str) -> str:
+    answer = requests.get(f"{platform.endpoint_url}/status/{job}", headers=KEY, timeout=60).json()
+    return str(answer["status"])
+
+
+def until(condition: Callable[[], Any], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.02)
+
+
+def test_input(worker: str) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads((ROOT / "workers" / worker / "test_input.json").read_text())
+    return body
+
+
+test_input.__test__ = False  # type: ignore[attr-defined]
+
+
+# ---- it runs -------------------------------------------------------------------------------------------
+
+
+@each_worker
+def test_make_serve_answers_and_says_what_runs(worker: str, built: Callable[[str], str]) -> None:
+    built(worker)
+    command = ["make", f"serve-{worker}", "IMAGE=1", "ARGS=--port=0"]
+    begin = time.monotonic()
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            lines = list[str]()
+            while not (lines and "RunPod's API" in lines[-1]):
+                lines.append(process.stdout.readline())
+                assert lines[-1], f"it ended:\n{''.join(lines)}"
+            print(f"{worker}: {time.monotonic() - begin:.1f} s from make to ready")
+            found = re.search(r"http://\S+", lines[-1])
+            assert found is not None
+            answer = requests.post(
+                f"{found[0]}/runsync", json=test_input(worker), headers=KEY, timeout=300
+            ).json()
+            assert answer["status"] == "COMPLETED", answer
+            assert answer["output"]
+        finally:
+            os.killpg(process.pid, signal.SIGINT)
+            process.stdout.read()
+            process.wait(60)
+    versions = next(line for line in lines if "versions worker=" in line)
+    for what in (f"worker={worker} ", "python=3.", "runpod=", "cuda=", "model="):
+        assert what in versions
+    assert docker("ps", "--quiet", "--all", "--filter=name=runpod-local-") == ""
+
+
+@each_worker
+@pytest.mark.parametrize(
+    "options",
+    [("--read-only", "--tmpfs=/tmp:exec"), ("--user=12345:12345",)],
+    ids=["read-only root", "not root"],
+)
+def test_writes_nowhere_but_to_tmp_and_the_volume(
+    worker: str, options: tuple[str, ...], built: Callable[[str], str], tmp_path: Path
+) -> None:
+    tmp_path.chmod(0o777)
+    with serving(worker, built(worker), *options, f"--volume={tmp_path}:/runpod-volume") as (platform, _):
+        answer = post(platform, "runsync", test_input(worker))
+    assert answer["status"] == "COMPLETED", answer
+
+
+@each_worker
+def test_labels(worker: str, built: Callable[[str], str]) -> None:
+    labels = json.loads(docker("image", "inspect", "--format={{json .Config.Labels}}", built(worker)))
+    prefix = "org.opencontainers.image."
+    assert labels[f"{prefix}title"] == f"worker-{worker}"
+    assert labels[f"{prefix}licenses"] == "Apache-2.0"
+    for name in ("description", "source", "version", "base.name"):
+        assert labels[prefix + name]
+    if commit := os.environ.get("REVISION"):
+        assert labels[f"{prefix}revision"] == commit
+
+
+# ---- it ends -------------------------------------------------------------------------------------------
+
+
+@each_worker
+def test_sigterm_lets_jobs_finish(worker: str, built: Callable[[str], str]) -> None:
+    with serving(worker, built(worker)) as (platform, process):
+        jobs = [post(platform, "run", test_input(worker))["id"] for _ in range(100)]
+        until(lambda: any(status(platform, job) == "IN_PROGRESS" for job in reversed(jobs)))
+        begun = [job for job in jobs if status(platform, job) in ("IN_PROGRESS", "COMPLETED")]
+        process.terminate()
+        begin = time.monotonic()
+        until(lambda: process.returncode is not None)
+        print(f"{worker}: {time.monotonic() - begin:.1f} s from SIGTERM to the end")
+        assert process.returncode == 0, process.tail()
+        assert {status(platform, job) for job in begun} == {"COMPLETED"}
+        assert {status(platform, job) for job in jobs} <= {"COMPLETED", "IN_QUEUE"}
+
+
+@each_worker
+def test_a_killed_handler_takes_its_container_along(worker: str, built: Callable[[str], str]) -> None:
+    """Else the SDK's heartbeat process goes on telling the platform that its jobs are well."""
+    with serving(worker, built(worker)) as (platform, process):
+        name = Container.name(process.id)
+        running_there = docker("top", name, "-eo", "pid,args").splitlines()[1:]
+        pids = [int(line.split()[0]) for line in running_there]
+        assert len(pids) > 1, "a heartbeat beside the handler"
+        kill_handler(name)
+        until(lambda: process.returncode is not None)
+        assert process.returncode == 128 + signal.SIGKILL
+        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+        # The platform puts another one in its place, which works.
+        assert post(platform, "runsync", test_input(worker))["status"] == "COMPLETED"
+
+
+def kill_handler(container: str) -> None:
+    """kill -9. Where the handler is process 1, only the engine can do that."""
+    script = (
+        "import os, signal\n"
+        "mine = [int(p) for p in os.listdir('/proc') if p.isdigit() and p != str(os.getpid())]\n"
+        "mine = [p for p in sorted(mine) if b'handler.py' in open(f'/proc/{p}/cmdline', 'rb').read()]\n"
+        "os.kill(mine[0], signal.SIGKILL) if mine[0] != 1 else print('first')"
+    )
+    if docker("exec", container, "python3", "-c", script) == "first":
+        docker("kill", "--signal=KILL", container)
+
+
+# ---- what is in it -------------------------------------------------------------------------------------
+
+
+@each_worker
+@needs_containerd
+def test_a_gated_model_is_baked_in_and_its_token_is_nowhere(
+    worker: str, built: Callable[[str], str], tmp_path: Path
+) -> None:
+    built(worker)
+    model, token = Path(local_env(worker)["MODEL_NAME"]), "hf_" + secrets.token_hex(17)
+    files = {str(path.relative_to(model)): path.read_bytes() for path in model.rglob("*") if path.is_file()}
+    mark = secrets.token_hex(20)  # A control of the search below: this one has to be found.
+    files["README.md"] = files["mark.json"] = json.dumps({"mark": mark}).encode()
+    exported, name = tmp_path / "image.tar", f"localhost/test-images/{worker}:baked"
+    with Hub() as hub:
+        hub.push("acme/gated", files, gated=token)
+        options: dict[str, Any] = {
+            "network": "host",
+            "args": {"MODEL_NAME": "acme/gated", "HF_ENDPOINT": hub.url},
+            "secret": ["id=HF_TOKEN,env=HF_TOKEN"],
+        }
+        env = {"HF_TOKEN": token, "NETWORK": "host"}
+        bake(worker, "--load", f"--set={worker}.tags={name}", env=env, **options)
+        assert {request["token"] for request in hub.requests() if request["file"]} >= {token}
+        # Again, from the cache: as it is pushed, with what is known of its making.
+        release = f"{worker}-release"
+        bake(
+            release,
+            f"--set={release}.output=type=oci,dest={exported}",
+            "--provenance=mode=max",
+            "--sbom=false",
+            env=env,
+            **options,
+        )
+    try:
+        found = search(exported, [token.encode(), mark.encode(), b"acme/gated", b"slsa.dev/provenance"])
+        exported.unlink()
+        assert found == {mark.encode(), b"acme/gated", b"slsa.dev/provenance"}
+        assert token not in docker("history", "--no-trunc", name)
+        # Without a hub, a volume or a variable, it answers with the model that it holds.
+        with serving(worker, name, env={"HF_HUB_OFFLINE": "1"}) as (platform, process):
+            answer = post(platform, "runsync", test_input(worker))
+            assert answer["status"] == "COMPLETED", answer
+            assert any("model=acme/gated" in line for line in process.lines)
+    finally:
+        docker("image", "rm", "--force", name)
+
+
+def search(archive: Path, wanted: list[bytes]) -> set[bytes]:
+    """Those of `wanted` that are in an image's files: its layers unpacked, its manifests, its history."""
+    found = set[bytes]()
+    with tarfile.open(archive) as blobs:
+        for blob in blobs:
+            if blob.isfile():
+                file = blobs.extractfile(blob)
+                assert file is not None
+                zipped = file.read(2) == b"\x1f\x8b"
+                file.seek(0)
+                content = gzip.GzipFile(fileobj=file) if zipped else file
+                rest = b""
+                while chunk := content.read(1 << 22):
+                    found.update(words for words in wanted if words in rest + chunk)
+                    rest = chunk[-200:]
+    return found
+
+
+@each_worker
+def test_an_edited_handler_reuses_every_layer_below(
+    worker: str, built: Callable[[str], str], tmp_path: Path
+) -> None:
+    before = layers_of(built(worker))
+    copy, name = tmp_path / "copy", f"localhost/test-images/{worker}:edited"
+    ignored = shutil.ignore_patterns(".*", "__pycache__")
+    for path in ("workers", "shared"):
+        shutil.copytree(ROOT / path, copy / path, ignore=ignored)
+    for path in ("docker-bake.hcl", ".dockerignore"):
+        shutil.copy2(ROOT / path, copy)
+    with (copy / "workers" / worker / "handler.py").open("a") as handler:
+        handler.write(f"# edited {secrets.token_hex(8)}\n")
+    begin = time.monotonic()
+    bake(worker, "--load", f"--set={worker}.tags={name}", cwd=copy)
+    print(f"{worker}: {time.monotonic() - begin:.1f} s to build again after an edit of the handler")
+    try:
+        after = layers_of(name)
+    finally:
+        docker("image", "rm", "--force", name)
+    assert [layer.digest for layer in after[:-1]] == [layer.digest for layer in before[:-1]]
+    assert after[-1].digest != before[-1].digest
+    assert after[-1].bytes < 200_000
+
+
+def test_torch_is_the_same_layers_in_every_image(built: Callable[[str], str]) -> None:
+    torch = [
+        worker
+        for worker in WORKERS
+        if "source=workers/torch.txt" in (ROOT / "workers" / worker / "Dockerfile").read_text()
+    ]
+    if len(torch) < 2:
+        pytest.skip("takes the images of two torch workers")
+    lower = []
+    for worker in torch:
+        found = layers_of(built(worker))
+        end = next(number for number, layer in enumerate(found) if "/tmp/torch.txt" in layer.made_by)
+        lower.append([layer.digest for layer in found[: end + 1]])
+    assert all(each == lower[0] for each in lower)
+
+
+@each_worker
+@needs_containerd
+def test_two_builds_give_the_same_digest(worker: str, built: Callable[[str], str], tmp_path: Path) -> None:
+    """The second without any cache, at another time."""
+    built(worker)
+    release, digests = f"{worker}-release", []
+    for number, flags in enumerate([(), ("--no-cache",)]):
+        metadata = tmp_path / f"{number}.json"
+        bake(
+            release,
+            f"--metadata-file={metadata}",
+            f"--set={release}.tags=localhost/test-images/{worker}:{number}",
+            f"--set={release}.output=type=image,oci-mediatypes=true,rewrite-timestamp=true,store=false",
+            # When something was built, and with what cache, is another matter.
+            "--provenance=false",
+            "--sbom=false",
+            *flags,
+        )
+        digests.append(json.loads(metadata.read_text())[release]["containerimage.digest"])
+    assert digests[0] == digests[1]
+    print(f"{worker}: {digests[0]}")
+
+
+# ---- llava: what needs torchvision ---------------------------------------------------------------------
+
+
+@pytest.mark.skipif("llava" not in WORKERS, reason="another worker's")
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm"])
+def test_llava_runs_models_that_need_torchvision(
+    family: str, built: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Made inside the image, since their processors cannot even be made without torchvision."""
+    name = built("llava")
+    script = Path(__file__).with_name("tiny_vision.py")
+    options = ["--rm", f"--volume={script}:/tiny_vision.py:ro", f"--volume={tmp_path}:/made"]
+    docker("run", *options, "--network=none", "--entrypoint=python", name, "/tiny_vision.py", family, "/made")
+    env = {"MODEL_NAME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    picture = test_input("llava")["input"]["image"]
+    with serving("llava", name, env=env) as (platform, _):
+        outputs = []
+        for pictures in ([], [picture], [picture, picture]):
+            job = {"input": {"images": pictures, "prompt": "What is this?", "max_tokens": 8}}
+            answer = post(platform, "runsync", job)
+            assert answer["status"] == "COMPLETED", answer
+            outputs.append(answer["output"][0])
+        part = {"type": "image_url", "image_url": {"url": picture}}
+        chat = {"model": str(tmp_path), "messages": [{"role": "user", "content": [part]}], "max_tokens": 4}
+        job = {"input": {"openai_route": "/v1/chat/completions", "openai_input": chat}}
+        assert post(platform, "runsync", job)["status"] == "COMPLETED"
+    tokens = [output["usage"]["prompt_tokens"] for output in outputs]
+    assert tokens[2] - tokens[1] == tokens[1] - tokens[0] > 3, "each picture takes its tokens"
+    assert all(output["usage"]["completion_tokens"] for output in outputs)
+
+
+def test_no_worker_is_forgotten() -> None:
+    for worker in WORKERS:
+        load_handler(worker)
