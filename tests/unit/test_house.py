@@ -304,6 +304,14 @@ def test_dockerfile_builds_from_the_root_with_no_argument(name: str) -> None:
 
 
 @each_worker
+def test_bake_gives_arguments_that_the_dockerfile_takes(name: str) -> None:
+    """BuildKit is content with others, and so is buildx."""
+    taken = set(re.findall(r"^ARG ([A-Z_]+)=", read(f"workers/{name}/Dockerfile"), re.MULTILINE))
+    given = set(bake.kept()[name]["args"]) - {"SOURCE_DATE_EPOCH"}  # BuildKit's own
+    assert given == taken or not taken & {"MODEL_NAME"}, "a worker without a model takes its base only"
+
+
+@each_worker
 def test_dockerfile_hashes_everything_it_installs(name: str) -> None:
     for line in instructions(read(f"workers/{name}/Dockerfile")):
         if "pip install" in line:
