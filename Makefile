@@ -79,7 +79,7 @@ $(WORKERS:%=shell-%): shell-%: ## A shell in the image that make build-<worker> 
 	  $$($(PYTHON) -m tools.images name $*)
 size: ## How large the images are that are built, and how much of each no other one has
 	@$(PYTHON) -m tools.images size
-test-images: $(MADE) ## Build the images and test them, on this CPU; IMAGES="llava bge" for some of them
+test-images: $(MADE) $(if $(filter vllm,$(or $(IMAGES),$(WORKERS))),$(MADE_VLLM)) ## Build the images and test them, on this CPU; IMAGES="llava bge" for some of them
 	@$(PY) -m pytest tests/images/built.py $(ARGS)
 
 ##@ And
@@ -109,7 +109,7 @@ help: ## This list
 	  IMAGES 'the workers whose images make test-images tests (all)'
 
 # Their engine is vLLM on the CPU.
-run-vllm serve-vllm: $(MADE_VLLM)
+run-vllm serve-vllm: $(if $(IMAGE),,$(MADE_VLLM))
 
 $(MADE): requirements-dev.txt workers/torch.in tools/environment.py
 	@$(PYTHON) tools/environment.py $(VENV)

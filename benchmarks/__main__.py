@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("embeddings", "florence2", "huggingface", "llava", "retrieval")
+NAMES = ("embeddings", "florence2", "huggingface", "images", "llava", "retrieval")
 
 
 def main() -> None:

@@ -18,6 +18,11 @@ from tools.models import local_env
 from tools.workers import load_handler
 
 
+def image_env(worker: str) -> dict[str, str]:
+    """Environment variables with which the image of `worker` runs on this machine, engine and all its own."""
+    return {name: value for name, value in local_env(worker).items() if name != "ENGINE_COMMAND"}
+
+
 def mounts(env: Mapping[str, str]) -> list[str]:
     """Options of `docker run` that put the files which `env` names where they are here, read-only."""
     paths = sorted({value for value in env.values() if value.startswith("/") and Path(value).exists()})
@@ -40,8 +45,11 @@ def in_image(worker: str, env: Mapping[str, str]) -> list[str]:
 
 if __name__ == "__main__":
     command, worker, *rest = sys.argv[1:]
-    env = {} if os.environ.get("MODEL_NAME") else local_env(worker)
+    in_container = bool(os.environ.get("IMAGE"))
+    env = {}
+    if not os.environ.get("MODEL_NAME"):
+        env = image_env(worker) if in_container else local_env(worker)
     os.environ.update(env)
-    if os.environ.get("IMAGE"):
+    if in_container:
         rest = [*in_image(worker, env), *rest]
     sys.exit(main([command, worker, *rest]))

@@ -3,6 +3,9 @@
 It needs Docker with buildx, and takes minutes for each image. IMAGES names the workers (all), BASE_IMAGE
 another Python base, NETWORK=host the network for builds. The models are those of `make run-<worker>`, mounted
 or baked in, on the CPU.
+
+vllm's own base has an engine for CUDA, which starts on no CPU. Here its Dockerfile builds on a stand-in: the
+Python base with the same version of the real vLLM for CPUs, and what else the Dockerfile relies on.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,9 +31,10 @@ import requests
 
 from local import Container, Platform, Rules, WorkerProcess, running
 from tests.hub import Hub
-from tools.images import Layer, image, layers
-from tools.models import local_env
-from tools.start import mounts
+from tools import vllm_cpu
+from tools.bake import kept
+from tools.images import Layer, layers
+from tools.start import image_env, mounts
 from tools.workers import ROOT, load_handler, worker_names
 
 WORKERS = os.environ.get("IMAGES", "").split() or worker_names()
@@ -74,29 +79,73 @@ needs_containerd = pytest.mark.skipif(
 
 
 def bake(
-    target: str, *flags: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None, **override: Any
+    worker: str,
+    *flags: str,
+    release: bool = False,
+    cwd: Path = ROOT,
+    env: Mapping[str, str] | None = None,
+    **override: Any,
 ) -> None:
-    """`docker buildx bake target`. override: attributes of the target in place of the file's."""
+    """`docker buildx bake worker`. override: attributes of the target in place of the file's."""
+    target = f"{worker}-release" if release else worker
     changes = json.dumps({"target": {target: override}})
     allow = ["--allow=network.host"] if "--allow" in docker("buildx", "bake", "--help") else []
     command = ["docker", "buildx", "bake", *allow, "--file=docker-bake.hcl", "--file=-", *flags, target]
-    environment = {**os.environ, **(env or {})}
+    # Without CACHE: what is built here does not go into the registry's.
+    environment = {**os.environ, "CACHE": "", **variables(worker), **(env or {})}
     done = subprocess.run(
         command, cwd=cwd, env=environment, input=changes, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-5000:]
 
 
+# `vllm` is what the official image calls its engine, and no command of this wheel.
+VLLM = f"""
+COPY . /opt/engine
+RUN python3 -c "import sysconfig; \\
+    open(sysconfig.get_path('purelib') + '/engine.pth', 'w').write('/opt/engine')" \\
+    && printf '#!/bin/sh\\nshift\\nexec python3 -m {vllm_cpu.MODULE} --model "$@"\\n' > /usr/local/bin/vllm \\
+    && chmod +x /usr/local/bin/vllm
+"""
+
+
+def vllm_base(python: str, name: str) -> None:
+    """Build a stand-in for vllm/vllm-openai on the Python image `python`."""
+    if reason := vllm_cpu.missing():
+        pytest.skip(f"no stand-in for the base of vllm: {reason}")
+    version = docker("run", "--rm", "--entrypoint=python3", python, "--version").removeprefix("Python ")
+    packages = vllm_cpu.PYTHON.parents[1] / "lib" / f"python{version.rpartition('.')[0]}" / "site-packages"
+    if not packages.exists():
+        pytest.skip(f"no stand-in for the base of vllm: .venv-vllm has another Python than {python}")
+    command = ["docker", "buildx", "build", "--load", f"--tag={name}", "--file=-", str(packages)]
+    subprocess.run(command, input=f"FROM {python}{VLLM}", text=True, check=True)
+
+
+STAND_INS = {"vllm": vllm_base}
+PYTHON_BASE = kept()["sentence-transformers"]["args"]["BASE_IMAGE"]
+
+
+def variables(worker: str) -> dict[str, str]:
+    """What `make` is told about a worker whose base has a stand-in."""
+    if worker not in STAND_INS:
+        return {}
+    return {"REGISTRY": "localhost/test-images", "BASE_IMAGE": f"localhost/test-images/base-{worker}:dev"}
+
+
 @pytest.fixture(scope="session")
 def built() -> Callable[[str], str]:
     """Builds the image of a worker, once, as `make build-<worker>` does, and returns its name."""
-    done = set[str]()
+    done = dict[str, str]()
 
     def build(worker: str) -> str:
         if worker not in done:
-            subprocess.run(["make", f"build-{worker}"], cwd=ROOT, check=True)
-            done.add(worker)
-        return image(worker)
+            env = variables(worker)
+            if worker in STAND_INS:
+                STAND_INS[worker](os.environ.get("BASE_IMAGE") or PYTHON_BASE, env["BASE_IMAGE"])
+            subprocess.run(["make", f"build-{worker}"], cwd=ROOT, env=os.environ | env, check=True)
+            command = [sys.executable, "-m", "tools.images", "name", worker]
+            done[worker] = subprocess.check_output(command, cwd=ROOT, env=os.environ | env, text=True).strip()
+        return done[worker]
 
     return build
 
@@ -112,9 +161,9 @@ def serving(
     worker: str, name: str, *options: str, env: Mapping[str, str] | None = None
 ) -> Iterator[tuple[Platform, WorkerProcess]]:
     """The image `name` under the local platform. env: of the worker; its model at hand, unless given."""
-    variables = local_env(worker) if env is None else dict(env)
-    container = Container(name, [*mounts(variables), *options])
-    with running(worker, container=container, env=variables, rules=RULES, ready_timeout=READY) as platform:
+    given = image_env(worker) if env is None else dict(env)
+    container = Container(name, [*mounts(given), *options])
+    with running(worker, container=container, env=given, rules=RULES, ready_timeout=READY) as platform:
         (process,) = platform.workers
         yield platform, process
 
@@ -154,6 +203,7 @@ def test_make_serve_answers_and_says_what_runs(worker: str, built: Callable[[str
     with subprocess.Popen(
         command,
         cwd=ROOT,
+        env=os.environ | variables(worker),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -265,7 +315,7 @@ def test_a_gated_model_is_baked_in_and_its_token_is_nowhere(
     worker: str, built: Callable[[str], str], tmp_path: Path
 ) -> None:
     built(worker)
-    model, token = Path(local_env(worker)["MODEL_NAME"]), "hf_" + secrets.token_hex(17)
+    model, token = Path(image_env(worker)["MODEL_NAME"]), "hf_" + secrets.token_hex(17)
     files = {str(path.relative_to(model)): path.read_bytes() for path in model.rglob("*") if path.is_file()}
     mark = secrets.token_hex(20)  # A control of the search below: this one has to be found.
     files["README.md"] = files["mark.json"] = json.dumps({"mark": mark}).encode()
@@ -281,22 +331,16 @@ def test_a_gated_model_is_baked_in_and_its_token_is_nowhere(
         bake(worker, "--load", f"--set={worker}.tags={name}", env=env, **options)
         assert {request["token"] for request in hub.requests() if request["file"]} >= {token}
         # Again, from the cache: as it is pushed, with what is known of its making.
-        release = f"{worker}-release"
-        bake(
-            release,
-            f"--set={release}.output=type=oci,dest={exported}",
-            "--provenance=mode=max",
-            "--sbom=false",
-            env=env,
-            **options,
-        )
+        flags = [f"--set=*.output=type=oci,dest={exported}", "--provenance=mode=max", "--sbom=false"]
+        bake(worker, *flags, release=True, env=env, **options)
     try:
         found = search(exported, [token.encode(), mark.encode(), b"acme/gated", b"slsa.dev/provenance"])
         exported.unlink()
         assert found == {mark.encode(), b"acme/gated", b"slsa.dev/provenance"}
         assert token not in docker("history", "--no-trunc", name)
         # Without a hub, a volume or a variable, it answers with the model that it holds.
-        with serving(worker, name, env={"HF_HUB_OFFLINE": "1"}) as (platform, process):
+        own = {key: value for key, value in image_env(worker).items() if "MODEL_NAME" not in key}
+        with serving(worker, name, env=own) as (platform, process):
             answer = post(platform, "runsync", test_input(worker))
             assert answer["status"] == "COMPLETED", answer
             assert any("model=acme/gated" in line for line in process.lines)
@@ -368,20 +412,21 @@ def test_torch_is_the_same_layers_in_every_image(built: Callable[[str], str]) ->
 def test_two_builds_give_the_same_digest(worker: str, built: Callable[[str], str], tmp_path: Path) -> None:
     """The second without any cache, at another time."""
     built(worker)
-    release, digests = f"{worker}-release", []
+    digests = []
     for number, flags in enumerate([(), ("--no-cache",)]):
         metadata = tmp_path / f"{number}.json"
         bake(
-            release,
+            worker,
             f"--metadata-file={metadata}",
-            f"--set={release}.tags=localhost/test-images/{worker}:{number}",
-            f"--set={release}.output=type=image,oci-mediatypes=true,rewrite-timestamp=true,store=false",
+            f"--set=*.tags=localhost/test-images/{worker}:{number}",
+            "--set=*.output=type=image,oci-mediatypes=true,rewrite-timestamp=true,store=false",
             # When something was built, and with what cache, is another matter.
             "--provenance=false",
             "--sbom=false",
             *flags,
+            release=True,
         )
-        digests.append(json.loads(metadata.read_text())[release]["containerimage.digest"])
+        digests.append(json.loads(metadata.read_text())[f"{worker}-release"]["containerimage.digest"])
     assert digests[0] == digests[1]
     print(f"{worker}: {digests[0]}")
 
