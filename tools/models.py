@@ -71,13 +71,17 @@ _LOCAL: dict[str, Callable[[], dict[str, str]]] = {
     "vllm": lambda: {
         "MODEL_NAME": str(made("engines", tiny_causal.make_for_engines)),
         "SERVED_MODEL_NAME": "tiny-random/llama",
-        **vllm_cpu.engine_env(),
     },
     "sentence-transformers": lambda: {"MODEL_NAME": str(minilm()), "SERVED_MODEL_NAME": "all-MiniLM-L6-v2"},
 }
 
 
+def engine_env(worker: str) -> dict[str, str]:
+    """What `worker` needs to run on this machine, with whatever model: the vLLM of .venv-vllm."""
+    return vllm_cpu.engine_env() if worker == "vllm" else {}
+
+
 def local_env(worker: str) -> dict[str, str]:
     """Environment variables with which `worker` runs on this machine: a model at hand, and no hub."""
     make = _LOCAL.get(worker, dict)
-    return {"HF_HUB_OFFLINE": "1", **make()}
+    return {"HF_HUB_OFFLINE": "1", **engine_env(worker), **make()}

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from local.__main__ import main
+from tools import vllm_cpu
 from tools.images import image
-from tools.models import local_env
+from tools.models import engine_env, local_env
 from tools.workers import load_handler
 
 
@@ -46,9 +47,12 @@ def in_image(worker: str, env: Mapping[str, str]) -> list[str]:
 if __name__ == "__main__":
     command, worker, *rest = sys.argv[1:]
     in_container = bool(os.environ.get("IMAGE"))
-    env = {}
-    if not os.environ.get("MODEL_NAME"):
-        env = image_env(worker) if in_container else local_env(worker)
+    if in_container:
+        env = {} if os.environ.get("MODEL_NAME") else image_env(worker)
+    else:
+        env = engine_env(worker) if os.environ.get("MODEL_NAME") else local_env(worker)
+        if worker == "vllm" and (reason := vllm_cpu.missing()):
+            sys.exit(f"No vLLM on this machine: {reason}.")
     os.environ.update(env)
     if in_container:
         rest = [*in_image(worker, env), *rest]
