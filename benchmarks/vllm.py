@@ -1,9 +1,9 @@
 """workers/vllm beside the naive handler and beside its own engine, asked without it: what the hop costs.
 
 Everything is in one run, with the real vLLM on the CPU and a random Llama of half a million parameters: the
-shorter its steps, the more weighs what the worker adds to them. One of 50 million, whose steps last as long as
-a large model's on a GPU, shows what is left of it there. "Bare" is the very engine of the running worker, over
-HTTP.
+shorter its steps, the more weighs what the worker adds to them. One of 50 million, whose steps last as long
+as a large model's on a GPU, shows what is left of it there. "Bare" is the very engine of the running worker,
+over HTTP.
 
 Streams go to an endpoint that takes 100 ms for each post, as RunPod's does (reported by users).
 """
@@ -305,8 +305,8 @@ rounds. Streams are of {STREAMED} tokens and go to an endpoint that takes {1000 
 token counts as there when its post is answered. Streams and the lone job are timed from where the SDK calls
 the handler: before that, it lets a job wait for up to 100 ms, whatever the handler. The bare engine is the
 worker's own, asked over HTTP without it.
-Through the same platform and SDK, {JOBS} jobs of a handler that does nothing take {found["no-op burst"]:.2f} s, which
-no worker can be without.
+Through the same platform and SDK, {JOBS} jobs of a handler that does nothing take
+{found["no-op burst"]:.2f} s, which no worker can be without.
 Written by `python -m benchmarks vllm`.
 
 {table(["", "measured", "aim", "reached"], [(*goal[:3], verdict[bool(goal[3])]) for goal in goals])}

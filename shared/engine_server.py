@@ -39,7 +39,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from shared import reaper
-from shared.errors import JobError
+from shared.errors import JobError, StartError
 from shared.jobs import ENGINE_DIED, serving
 from shared.logs import log, redact
 from shared.startup import classify_log
@@ -273,7 +273,8 @@ class EngineServer(EngineClient):
     def start(self) -> None:
         """Start the child and wait until its health answers. To be called from the main thread.
 
-        Raises StartError when its last lines tell a cause that a new try cannot mend, else EngineFailed.
+        Raises StartError when there is no such program or its last lines tell a cause that a new try cannot
+        mend, else EngineFailed.
         """
         for left in reversed(range(START_TRIES)):
             self._launch()
@@ -309,7 +310,8 @@ class EngineServer(EngineClient):
                 start_new_session=True,
             )  # fmt: skip
         except OSError as error:
-            raise EngineFailed(f"{argv[0]} cannot be started: {error.strerror}.") from error
+            message = f"{argv[0]} cannot be started: {error.strerror}. Use the image that has it."
+            raise StartError(message, code="no_engine") from error
         log.info("%s: process %d at %s", self.name, process.pid, self.url)
         numbers = [str(number) for number in (os.getpid(), process.pid, self.grace)]
         guard = [sys.executable, "-I", "-S", reaper.__file__, *numbers]

@@ -1,4 +1,4 @@
-"""workers/vllm, unchanged but for a note in the file STAMPS: when each job came in and its first part was there.
+"""workers/vllm, unchanged but for a note in the file STAMPS: when each job came in, its first part, its end.
 
 The SDK looks for jobs ten times a second, so a job waits up to 100 ms for a handler that does nothing: what
 the worker itself adds is measured from where the SDK calls it. Times are of the monotonic clock, which all

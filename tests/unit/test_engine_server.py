@@ -297,8 +297,9 @@ def test_another_cause_may_go_well_next_time() -> None:
 
 def test_a_command_that_is_not_there() -> None:
     server = EngineServer("engine", lambda _: ["/nowhere/engine"], on_death=lambda: None)
-    with pytest.raises(EngineFailed, match="/nowhere/engine cannot be started: No such file"):
+    with pytest.raises(StartError, match="/nowhere/engine cannot be started: No such file") as caught:
         server.start()
+    assert caught.value.code == "no_engine"
 
 
 def test_an_engine_that_never_answers_is_given_up() -> None:

@@ -212,6 +212,7 @@ def test_variables_without_effect_are_named_with_the_right_one(vllm: ModuleType)
         # these are right, or not ours
         "MAX_MODEL_LEN": "9", "BASE_PATH": "/x", "TOKENIZER_NAME": "x", "PATH": "/bin", "HOSTNAME": "h",
         "RUNPOD_POD_ID": "x", "CUDA_VISIBLE_DEVICES": "0", "HF_HOME": "/h", "LANG": "C", "HOME": "/root",
+        "SSL_CERT_FILE": "/c",
     }  # fmt: skip
     lines = vllm.advice(environ)
     assert lines == [

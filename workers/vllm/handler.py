@@ -234,15 +234,15 @@ def _words(name: str, value: str) -> list[str]:
 def advice(environ: Mapping[str, str]) -> list[str]:
     """A line for each variable that has no effect any more, or is probably misspelt."""
     own = {name.upper() for name in Settings.model_fields}
-    flags = {variable(flag) for flag in vllm()["flags"]}
-    known = own | flags | ALIASES.keys() | REMOVED.keys() | set(vllm()["environment"]) | {"BASE_PATH"}
+    flags = {variable(flag) for flag in vllm()["flags"] if flag not in RESERVED}
+    known = own | flags | ALIASES.keys() | set(vllm()["environment"]) | {"BASE_PATH"}
     lines = []
     for name in sorted(environ):
         if name in REMOVED:
             lines.append(f"{name} has no effect any more. Instead: {REMOVED[name]}.")
         elif name not in known and not FOREIGN.match(name):
-            close = difflib.get_close_matches(name, known - REMOVED.keys(), n=1, cutoff=0.86)
-            if close and (len(name) >= 6):
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.86)
+            if close and len(name) >= 6:
                 lines.append(f"{name} is not a setting. Did you mean {close[0]}?")
     return lines
 
