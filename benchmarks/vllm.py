@@ -272,13 +272,15 @@ def measure() -> dict[str, Any]:
 def report(found: dict[str, Any], where: dict[str, str]) -> tuple[str, dict[str, Any]]:
     times = found["naive burst"] / found["burst"]
     share = found["bare burst"] / found["burst"]
+    net = found["bare burst"] / max(found["burst"] - found["no-op burst"], 1e-3)
     larger = found["bare larger burst"] / found["larger burst"]
     hop = 1000 * (found["lone"] - found["bare lone"])
     verdict = {True: "yes", False: "**no**"}
     goals: list[tuple[str, float, str, bool]] = [
         (f"{JOBS} jobs of {TOKENS} tokens, times the naive handler", times, ">= 10", times >= 10),
         ("the same, of the bare engine's throughput", share, ">= 0.9", share >= 0.9),
-        ("the same with 50 million parameters", larger, ">= 0.9", larger >= 0.9),
+        ("the same, less what a no-op handler takes", net, ">= 0.9", net >= 0.9),
+        ("with 50 million parameters, nothing taken off", larger, ">= 0.9", larger >= 0.9),
     ]
     for name in ("one stream", "sixteen streams"):
         ours, bare = found[name], found[f"bare {name}"]
@@ -306,7 +308,7 @@ token counts as there when its post is answered. Streams and the lone job are ti
 the handler: before that, it lets a job wait for up to 100 ms, whatever the handler. The bare engine is the
 worker's own, asked over HTTP without it.
 Through the same platform and SDK, {JOBS} jobs of a handler that does nothing take
-{found["no-op burst"]:.2f} s, which no worker can be without.
+{found["no-op burst"]:.2f} s: the SDK looks for jobs ten times a second, and no worker can be without that.
 Written by `python -m benchmarks vllm`.
 
 {table(["", "measured", "aim", "reached"], [(*goal[:3], verdict[bool(goal[3])]) for goal in goals])}
