@@ -421,11 +421,11 @@ def _layers(model: PreTrainedModel, count: int) -> Counter[torch.device]:
     # A layer's name ends with its number; what several are in has no number, and then all are on one device.
     layers = [where for name, where in placed.items() if re.search(r"\.\d+$", name)]
     gpus = [where for where in placed.values() if where not in ("cpu", "disk")]
-    main = _device(gpus[0]) if gpus else _input_device(model)
+    main = _device(gpus[0]) if gpus else input_device(model)
     return Counter(_device(it) if it in gpus else main for it in layers) or Counter({main: count})
 
 
-def _input_device(model: PreTrainedModel) -> torch.device:
+def input_device(model: PreTrainedModel) -> torch.device:
     """Where a model takes its tokens. accelerate may have its parts on several devices, or on a disk."""
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
@@ -461,7 +461,7 @@ class Generator:
         limits = [limit for limit in (max_length, getattr(config, "max_position_embeddings", None)) if limit]
         self.max_length: int | None = min(limits, default=None)
         self.model, self.tokenizer = model, tokenizer
-        self._device, self._use_adapters = _input_device(model), use_adapters
+        self._device, self._use_adapters = input_device(model), use_adapters
         ends = model.generation_config.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
         self._ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])

@@ -102,15 +102,15 @@ def make_adapter(base: Path, folder: Path, seed: int, **settings: Any) -> Path:
     torch.manual_seed(seed)
     targets = {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 4, "lora_alpha": 8, **settings}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an older name
+        warnings.simplefilter("ignore")  # peft asks transformers by an older name, and has remarks
         model = peft.get_peft_model(
             AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(task_type="CAUSAL_LM", **targets)
         )
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_" in name or "modules_to_save" in name:
-                weight.normal_(0, 0.3)
-    model.save_pretrained(folder)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "lora_" in name or "modules_to_save" in name:
+                    weight.normal_(0, 0.3)
+        model.save_pretrained(folder)
     return folder
 
 
@@ -182,6 +182,23 @@ async def test_models_that_answer_in_groups_have_adapters_too(
     asked = [(name, number) for number in range(len(PROMPTS)) for name in wanted]
     together = await asyncio.gather(*(response(worker, PROMPTS[number], lora=name) for name, number in asked))
     assert together == [wanted[name][number] for name, number in asked]
+
+
+@engine
+@pytest.mark.parametrize(("family", "targets"), [("gpt2", ["c_attn"]), ("llama", ["embed_tokens", "q_proj"])])
+async def test_layers_of_other_kinds_have_adapters_too(tmp_path: Path, family: str, targets: Any) -> None:
+    base = tiny_causal.make(tmp_path / "base", family)
+    adapter = make_adapter(base, tmp_path / "adapter", 1, target_modules=targets)
+    with serving(MODEL_NAME=str(base), LORA=f"one={adapter}") as module:
+        asked = [(prompt, name) for prompt in PROMPTS for name in ("one", None)]
+        answers = await asyncio.gather(*(response(module, prompt, lora=name) for prompt, name in asked))
+        tokenizer = module.engine.tokenizer
+    from transformers import AutoModelForCausalLM
+
+    plain, adapted = AutoModelForCausalLM.from_pretrained(base).eval(), with_adapter(base, adapter)
+    assert answers[::2] == [generated(adapted, tokenizer, it) for it in PROMPTS]
+    assert answers[1::2] == [generated(plain, tokenizer, it) for it in PROMPTS]
+    assert answers[::2] != answers[1::2]
 
 
 @engine
