@@ -12,6 +12,8 @@ import importlib.util
 import os
 import platform
 import re
+import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -158,6 +160,7 @@ def run(prepare: Callable[[], Config], *, worker: str) -> Config:
     # The SDK's default, DEBUG, writes every input and output into the log.
     if "RUNPOD_DEBUG_LEVEL" not in os.environ:
         os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
+    _end_at_sigterm()
     use_volume()
     log_versions(worker)
     # A thread's import is lost time regained: most of the SDK's is a wait for another process. If it fails
@@ -177,6 +180,13 @@ def run(prepare: Callable[[], Config], *, worker: str) -> Config:
         sdk.join()
         log_ready()
     return config
+
+
+def _end_at_sigterm() -> None:
+    """Until the SDK drains at it: a container's first process ignores a signal that it does not handle."""
+    main = threading.current_thread() is threading.main_thread()
+    if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _import_quietly(module: str) -> None:

@@ -101,9 +101,9 @@ def bake(
 
 # `vllm` is what the official image calls its engine, and no command of this wheel.
 VLLM = f"""
-COPY . /opt/engine
-RUN python3 -c "import sysconfig; \\
-    open(sysconfig.get_path('purelib') + '/engine.pth', 'w').write('/opt/engine')" \\
+COPY lib /opt/engine/lib
+RUN python3 -c "import glob, sysconfig; packages = glob.glob('/opt/engine/lib/python3*/site-packages')[0]; \\
+    open(sysconfig.get_path('purelib') + '/engine.pth', 'w').write(packages)" \\
     && printf '#!/bin/sh\\nshift\\nexec python3 -m {vllm_cpu.MODULE} --model "$@"\\n' > /usr/local/bin/vllm \\
     && chmod +x /usr/local/bin/vllm
 """
@@ -114,10 +114,10 @@ def vllm_base(python: str, name: str) -> None:
     if reason := vllm_cpu.missing():
         pytest.skip(f"no stand-in for the base of vllm: {reason}")
     version = docker("run", "--rm", "--entrypoint=python3", python, "--version").removeprefix("Python ")
-    packages = vllm_cpu.PYTHON.parents[1] / "lib" / f"python{version.rpartition('.')[0]}" / "site-packages"
-    if not packages.exists():
+    environment = vllm_cpu.PYTHON.parents[1]
+    if not (environment / "lib" / f"python{version.rpartition('.')[0]}").exists():
         pytest.skip(f"no stand-in for the base of vllm: .venv-vllm has another Python than {python}")
-    command = ["docker", "buildx", "build", "--load", f"--tag={name}", "--file=-", str(packages)]
+    command = ["docker", "buildx", "build", "--load", f"--tag={name}", "--file=-", str(environment)]
     subprocess.run(command, input=f"FROM {python}{VLLM}", text=True, check=True)
 
 
@@ -276,6 +276,20 @@ def test_sigterm_lets_jobs_finish(worker: str, built: Callable[[str], str]) -> N
         assert process.returncode == 0, process.tail()
         assert {status(platform, job) for job in begun} == {"COMPLETED"}
         assert {status(platform, job) for job in jobs} <= {"COMPLETED", "IN_QUEUE"}
+
+
+@each_worker
+def test_sigterm_ends_a_start(worker: str, built: Callable[[str], str]) -> None:
+    """Also while the model loads, where the SDK does not listen yet."""
+    env = image_env(worker)
+    options = ["--detach", *mounts(env), *(f"--env={name}={value}" for name, value in env.items())]
+    container = docker("run", *options, built(worker))
+    try:
+        until(lambda: "versions worker=" in docker("logs", container))
+        docker("stop", "--timeout=60", container)
+        assert docker("inspect", "--format={{.State.ExitCode}}", container) in ("143", "0")
+    finally:
+        docker("rm", "--force", container)
 
 
 @each_worker

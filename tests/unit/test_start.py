@@ -227,6 +227,27 @@ def test_without_torch_the_base_image_names_its_cuda(monkeypatch: pytest.MonkeyP
     assert startup.cuda_version() == "12.9.1"
 
 
+LOADING = """
+import time
+from shared import startup
+def prepare():
+    print("loading", flush=True)
+    time.sleep(600)
+startup.run(prepare, worker="w")
+"""
+
+
+def test_sigterm_ends_a_start() -> None:
+    """By itself: a container's first process does not end at a signal that it leaves alone."""
+    command = [sys.executable, "-c", LOADING]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() != "loading\n":
+            assert process.poll() is None
+        process.terminate()
+        assert process.wait(60) == 143
+
+
 def test_a_good_start_returns_the_configuration_and_logs_it(capsys: pytest.CaptureFixture[str]) -> None:
     config = {"handler": print}
     assert startup.run(lambda: config, worker="w") is config
