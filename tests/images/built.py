@@ -427,20 +427,22 @@ def test_two_builds_give_the_same_digest(worker: str, built: Callable[[str], str
     """The second without any cache, at another time."""
     built(worker)
     digests = []
+    # As releases are exported, save for the compression: this one takes a fraction of gzip's time.
+    output = "type=image,oci-mediatypes=true,rewrite-timestamp=true,store=false"
+    output += ",compression=zstd,compression-level=1,force-compression=true"
     for number, flags in enumerate([(), ("--no-cache",)]):
         metadata = tmp_path / f"{number}.json"
         bake(
             worker,
             f"--metadata-file={metadata}",
             f"--set=*.tags=localhost/test-images/{worker}:{number}",
-            "--set=*.output=type=image,oci-mediatypes=true,rewrite-timestamp=true,store=false",
+            f"--set=*.output={output}",
             # When something was built, and with what cache, is another matter.
             "--provenance=false",
             "--sbom=false",
             *flags,
-            release=True,
         )
-        digests.append(json.loads(metadata.read_text())[f"{worker}-release"]["containerimage.digest"])
+        digests.append(json.loads(metadata.read_text())[worker]["containerimage.digest"])
     assert digests[0] == digests[1]
     print(f"{worker}: {digests[0]}")
 
