@@ -79,6 +79,7 @@ WORKERS = {
   llava                 = { base = "python", about = "LLaVA and other models that answer questions about pictures" }
   sentence-transformers = { base = "python", about = "Text embeddings with sentence-transformers" }
   vllm                  = { base = "vllm", about = "Any LLM that vLLM serves: its routes, fields and flags" }
+  whisper               = { base = "python", about = "Whisper: speech to text, of any length" }
 }
 
 BASES = {

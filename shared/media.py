@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import functools
+import importlib.util
 import io
 import os
 import re
@@ -141,12 +142,18 @@ def encode_image(image: Image, format: str = "PNG") -> str:
 
 
 def load_audio(
-    data: bytes, *, rate: int, param: str = "audio", max_seconds: float = MAX_SECONDS
+    data: bytes,
+    *,
+    rate: int,
+    param: str = "audio",
+    max_seconds: float = MAX_SECONDS,
+    allow_empty: bool = False,
 ) -> NDArray[np.float32]:
     """Decode sound to mono float32 at `rate` Hz, about -1 to 1, at least one sample.
 
-    soundfile reads WAV, FLAC, MP3, OGG, Opus, AIFF and more; the rest (m4a, mp4, webm, aac, wma) needs ffmpeg
-    on PATH. Of a file cut short comes the sound that is whole, where its format allows that.
+    soundfile reads WAV, FLAC, MP3, OGG, Opus, AIFF and more; the rest (m4a, mp4, webm, aac, wma) needs PyAV or
+    else ffmpeg on PATH. Of a file cut short comes the sound that is whole, where its format allows that.
+    allow_empty: a whole file that holds no sample gives none, and is no error.
     """
     import numpy as np
     import soundfile
@@ -157,8 +164,11 @@ def load_audio(
         file.seek(0)
         try:
             samples = _read_sound(file.fileno(), rate, param, max_seconds)
+            if allow_empty and not samples.size:
+                return samples
         except soundfile.LibsndfileError:
-            samples = _read_with_ffmpeg(file.fileno(), rate, param, max_seconds)
+            read = _read_with_av if importlib.util.find_spec("av") else _read_with_ffmpeg
+            samples = read(file.fileno(), rate, param, max_seconds)
     if not samples.size or not np.isfinite(samples).all():
         cause = "samples that are no numbers" if samples.size else "no sound that this worker reads"
         raise _refused(param, f"{cause}; send WAV, FLAC, MP3, OGG or Opus", "bad_audio")
@@ -257,6 +267,33 @@ def _read_sound(fd: int, rate: int, param: str, max_seconds: float) -> NDArray[n
                 raise _over(param, f"{max_seconds:g} seconds")
             pieces.append(resampler.resample_chunk(block.mean(axis=1)))
         pieces.append(resampler.resample_chunk(np.zeros(0, "float32"), last=True))
+    return np.concatenate(pieces)
+
+
+def _read_with_av(fd: int, rate: int, param: str, max_seconds: float) -> NDArray[np.float32]:
+    """No samples where PyAV cannot read it; of a damaged file those before the damage."""
+    import av
+    import numpy as np
+
+    limit = int(max_seconds * rate)
+    pieces = [np.zeros(0, np.float32)]
+    options = {"format_whitelist": _FFMPEG_FORMATS, "protocol_whitelist": "none"}
+    os.lseek(fd, 0, os.SEEK_SET)
+    with (
+        suppress(av.FFmpegError, IndexError, ValueError, EOFError),
+        os.fdopen(os.dup(fd), "rb") as file,
+        av.open(file, options=options, metadata_errors="ignore") as container,
+    ):
+        resampler = av.AudioResampler("flt", "mono", rate)
+        frames = container.decode(container.streams.audio[0])
+        with suppress(av.FFmpegError, EOFError):
+            for frame in frames:
+                for part in resampler.resample(frame):
+                    pieces.append(part.to_ndarray()[0].copy())
+                    limit -= len(pieces[-1])
+                if limit < 0:
+                    raise _over(param, f"{max_seconds:g} seconds")
+        pieces += [part.to_ndarray()[0] for part in resampler.resample(None)]
     return np.concatenate(pieces)
 
 

@@ -85,7 +85,9 @@ def lock_torch(*, root: Path = ROOT, output: Path | None = None, upgrade: bool =
 
 def lock_dev(*, root: Path = ROOT, output: Path | None = None, upgrade: bool = False) -> None:
     inputs = [Path("requirements-dev.in"), *(folder / "requirements.in" for folder in lock_folders(root))]
-    cuda = [name for name in pins(root / TORCH_LOCK) if CUDA_ONLY.fullmatch(name)]
+    wanted = [line for source in inputs for line in (root / source).read_text().splitlines()]
+    names = [match[0] for line in wanted if (match := re.match(r"[A-Za-z0-9._-]+", line))]
+    cuda = [name for name in (*pins(root / TORCH_LOCK), *names) if CUDA_ONLY.fullmatch(name)]
     compile_lock(
         inputs,
         DEV_LOCK,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from tools import tiny_causal, tiny_florence2, tiny_llava, tiny_retrieval, vllm_cpu
+from tools import tiny_causal, tiny_florence2, tiny_llava, tiny_retrieval, tiny_whisper, vllm_cpu
 from tools.workers import ROOT
 
 # model.safetensors of sentence-transformers/all-MiniLM-L6-v2, as its own repository publishes it. The PyPI
@@ -73,6 +73,10 @@ _LOCAL: dict[str, Callable[[], dict[str, str]]] = {
         "SERVED_MODEL_NAME": "tiny-random/llama",
     },
     "sentence-transformers": lambda: {"MODEL_NAME": str(minilm()), "SERVED_MODEL_NAME": "all-MiniLM-L6-v2"},
+    "whisper": lambda: {
+        "MODEL_NAME": str(made("whisper", tiny_whisper.make)),
+        "SERVED_MODEL_NAME": "tiny/whisper",
+    },
 }
 
 

@@ -140,7 +140,12 @@ def test_lock_repeats_nothing_of_torch_and_agrees_with_development(folder: Path)
         pins(lock.TORCH_LOCK),
         pins(lock.DEV_LOCK),
     )
-    shared = {name: version for name, version in own.items() if name not in lock.BESIDE_TORCH}
+    # Of CUDA's packages, and those that need its torch, development has none.
+    shared = {
+        name: version
+        for name, version in own.items()
+        if name not in lock.BESIDE_TORCH and not lock.CUDA_ONLY.fullmatch(name)
+    }
     assert shared.items() <= development.items()
     if lock.uses_torch(ROOT / folder / "requirements.in"):
         assert not own.keys() & torch.keys()

@@ -1,5 +1,6 @@
 """Sound in every format that soundfile writes and, with ffmpeg, that browsers and phones record."""
 
+import importlib.util
 import io
 import os
 import shutil
@@ -9,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -189,8 +191,12 @@ def test_what_is_no_sound_is_refused_with_what_to_send(data):
     assert "WAV, FLAC, MP3" in error.message
 
 
-def test_a_file_without_samples_is_refused():
-    assert refusal(encoded(tone(16_000)[:0], 16_000)).code == "bad_audio"
+@pytest.mark.parametrize("format", ["WAV", "OGG", "AIFF"])
+def test_a_file_without_samples_is_refused_unless_it_may_be_empty(format):
+    data = encoded(tone(16_000)[:0], 16_000, format)
+    assert refusal(data).code == "bad_audio"
+    assert load_audio(data, rate=16_000, allow_empty=True).shape == (0,)
+    assert refusal(bytes(1000), allow_empty=True).code == "bad_audio"
 
 
 @pytest.mark.parametrize("format", ["WAV", "MP3", "OGG"])
@@ -268,12 +274,26 @@ RECORDINGS = {
 }
 
 
+def without_av(monkeypatch) -> None:
+    """As in an image that has no PyAV."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "av" else find(name))
+
+
 @pytest.fixture
-def ffmpeg(tmp_path, monkeypatch):
+def program(tmp_path, monkeypatch):
     """ffmpeg on PATH, under that name."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "ffmpeg").symlink_to(ffmpeg_path() or "")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+
+@pytest.fixture(params=["PyAV", "ffmpeg"])
+def ffmpeg(request, program, monkeypatch):
+    """What reads the formats that soundfile does not: PyAV, and where that is missing the program."""
+    if request.param == "ffmpeg":
+        without_av(monkeypatch)
+    return request.param
 
 
 def recording(path: Path, options: str, seconds: float = SECONDS) -> bytes:
@@ -296,18 +316,41 @@ def test_what_soundfile_cannot_read_ffmpeg_does(kind, ffmpeg, tmp_path):
 @needs_ffmpeg
 @pytest.mark.parametrize("kind", RECORDINGS)
 def test_too_long_is_noticed_while_ffmpeg_decodes(kind, ffmpeg, tmp_path, monkeypatch):
-    """ffmpeg itself stops soon behind the limit: the rest is never in memory."""
-    outputs = []
-    run = subprocess.check_output
+    """The decoder itself stops soon behind the limit: the rest is never in memory."""
+    outputs, frames = [], []
+    run, resampler = subprocess.check_output, av.AudioResampler
     monkeypatch.setattr(
         subprocess, "check_output", lambda *a, **k: outputs.append(run(*a, **k)) or outputs[-1]
     )
+
+    class Resampler:
+        def __init__(self, *options):
+            self.inner = resampler(*options)
+
+        def resample(self, frame):
+            frames.append(frame)
+            return self.inner.resample(frame)
+
+    monkeypatch.setattr(av, "AudioResampler", Resampler)
     data = recording(tmp_path, RECORDINGS[kind], seconds=30)
     error = refusal(data, max_seconds=10)
     assert error.code == "too_large"
     assert "10 seconds" in error.message
-    assert len(outputs[0]) < 11 * 16_000 * 4
+    if ffmpeg == "ffmpeg":
+        assert len(outputs[0]) < 11 * 16_000 * 4
+    else:
+        assert 10 < sum(frame.samples / frame.sample_rate for frame in frames) < 11
     assert 29 < len(load_audio(data, rate=16_000, max_seconds=31)) / 16_000 < 31
+
+
+@needs_ffmpeg
+def test_a_recording_cut_in_the_middle_gives_what_is_whole_or_is_refused(ffmpeg, tmp_path):
+    """An mp4 with its index at the end has nothing whole without it; a streamed one has."""
+    cut = {kind: recording(tmp_path, RECORDINGS[kind], seconds=20) for kind in RECORDINGS}
+    cut = {kind: data[: len(data) // 2] for kind, data in cut.items()}
+    assert refusal(cut["m4a"]).code == "bad_audio"
+    for kind in ("m4a streamed", "webm", "aac"):
+        assert 4 < len(load_audio(cut[kind], rate=16_000)) / 16_000 < 16
 
 
 @needs_ffmpeg
@@ -318,8 +361,9 @@ def test_the_sound_of_a_video_is_taken(ffmpeg, tmp_path):
 
 
 @needs_ffmpeg
-def test_without_ffmpeg_the_same_file_is_refused(ffmpeg, tmp_path, monkeypatch):
+def test_without_either_the_same_file_is_refused(program, tmp_path, monkeypatch):
     data = recording(tmp_path, RECORDINGS["m4a"])
+    without_av(monkeypatch)
     monkeypatch.setenv("PATH", "")
     assert refusal(data).code == "bad_audio"
 
@@ -343,6 +387,7 @@ def test_a_playlist_does_not_open_local_files(ffmpeg, tmp_path, playlist):
 
 @needs_ffmpeg
 def test_ffmpeg_is_killed_when_it_takes_too_long(tmp_path, monkeypatch):
+    without_av(monkeypatch)
     program = tmp_path / "ffmpeg"
     program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
     program.chmod(0o755)
