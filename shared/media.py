@@ -151,8 +151,8 @@ def load_audio(
 ) -> NDArray[np.float32]:
     """Decode sound to mono float32 at `rate` Hz, about -1 to 1, at least one sample.
 
-    soundfile reads WAV, FLAC, MP3, OGG, Opus, AIFF and more; the rest (m4a, mp4, webm, aac, wma) needs PyAV or
-    else ffmpeg on PATH. Of a file cut short comes the sound that is whole, where its format allows that.
+    soundfile reads WAV, FLAC, MP3, OGG, Opus, AIFF and more; the rest (m4a, mp4, webm, aac, wma) needs PyAV
+    or else ffmpeg on PATH. Of a file cut short comes the sound that is whole, where its format allows that.
     allow_empty: a whole file that holds no sample gives none, and is no error.
     """
     import numpy as np

@@ -1,8 +1,8 @@
 """A Whisper that the project makes itself, in seconds: the real classes and file formats, a few megabytes.
 
-It knows four sounds (`SAID`), so that tests can tell whose answer came back; to others it talks nonsense. Nothing
-is trained: all weights stay random but the last layer's, which solve the linear equations from the decoder's
-states to the wanted tokens.
+It knows four sounds (`SAID`), so that tests can tell whose answer came back; to others it talks nonsense.
+Nothing is trained: all weights stay random but the last layer's, which solve the linear equations from the
+decoder's states to the wanted tokens.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def make(
 ) -> Path:
     """Write the model and its processor into `folder`.
 
-    width, layers, heads: of encoder and decoder alike. positions: of the decoder. vocabulary: at least so many
-    tokens of text. taught: false leaves every weight random.
+    width, layers, heads: of encoder and decoder alike. positions: of the decoder. vocabulary: at least so
+    many tokens of text. taught: false leaves every weight random.
     """
     import torch
     from transformers import (
