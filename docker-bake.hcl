@@ -78,12 +78,14 @@ WORKERS = {
   huggingface           = { base = "python", about = "Any causal language model of transformers, answers made together" }
   llava                 = { base = "python", about = "LLaVA and other models that answer questions about pictures" }
   sentence-transformers = { base = "python", about = "Text embeddings with sentence-transformers" }
+  tgi                   = { base = "tgi", about = "LLMs with Hugging Face's TGI, where an endpoint is built on it; vllm for new ones" }
   vllm                  = { base = "vllm", about = "Any LLM that vLLM serves: its routes, fields and flags" }
   whisper               = { base = "python", about = "Whisper: speech to text, of any length" }
 }
 
 BASES = {
   python = { image = "docker.io/library/python:3.12-slim-trixie", cuda = "13.0" }
+  tgi    = { image = "ghcr.io/huggingface/text-generation-inference:3.3.7", cuda = "12.4" }
   vllm   = { image = "docker.io/vllm/vllm-openai:v0.32.0", cuda = "13.0" }
 }
 

@@ -95,8 +95,14 @@ class EngineClient:
         self, method: str, path: str, body: Any = None, *, headers: Mapping[str, str] | None = None
     ) -> Any:
         """The JSON of the answer. When the caller's task is cancelled, the connection is closed."""
+        return (await self.call(method, path, body, headers=headers))[0]
+
+    async def call(
+        self, method: str, path: str, body: Any = None, *, headers: Mapping[str, str] | None = None
+    ) -> tuple[Any, Mapping[str, str]]:
+        """The JSON of the answer, and the answer's headers."""
         async with self._answer(method, path, body, headers) as response:
-            return await self._json(response)
+            return await self._json(response), response.headers
 
     async def stream(
         self, path: str, body: Any, *, headers: Mapping[str, str] | None = None
@@ -132,7 +138,7 @@ class EngineClient:
             try:
                 if response.status >= 400:
                     error = problem(response.status, _parse(await response.text(errors="replace")))
-                    if response.status >= 500:
+                    if response.status >= 500 or response.status == 424:  # TGI's for a model that failed
                         await self._check()
                     raise error
                 yield response

@@ -79,7 +79,7 @@ _LOGGED = (
     (
         r"unrecognized arguments?:|invalid choice:|error: argument |unexpected argument"
         r"|invalid value .* for '--|required arguments were not provided"
-        r"|greater than the derived max_model_len|Value error, ",
+        r"|greater than the derived max_model_len|Value error, |ArgumentValidation\(",
         "bad_setting",
         "Correct or remove that setting.",
     ),

@@ -5,13 +5,24 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import os
+import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from tools import tiny_causal, tiny_florence2, tiny_llava, tiny_retrieval, tiny_whisper, vllm_cpu
+from tools import (
+    tgi_stand_in,
+    tiny_causal,
+    tiny_florence2,
+    tiny_llava,
+    tiny_retrieval,
+    tiny_whisper,
+    vllm_cpu,
+)
 from tools.workers import ROOT
 
 # model.safetensors of sentence-transformers/all-MiniLM-L6-v2, as its own repository publishes it. The PyPI
@@ -51,6 +62,14 @@ def made(name: str, build: Callable[[Path], object]) -> Path:
     return folder
 
 
+def tgi_launcher(folder: Path) -> None:
+    """A program that is called as TGI's launcher is, and is the stand-in for it."""
+    program = folder / "text-generation-launcher"
+    command = [sys.executable, tgi_stand_in.__file__]
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    program.chmod(0o755)
+
+
 _LOCAL: dict[str, Callable[[], dict[str, str]]] = {
     "bge": lambda: {
         "MODEL_NAME": str(made("bge", tiny_retrieval.tiny_bge)),
@@ -73,16 +92,33 @@ _LOCAL: dict[str, Callable[[], dict[str, str]]] = {
         "SERVED_MODEL_NAME": "tiny-random/llama",
     },
     "sentence-transformers": lambda: {"MODEL_NAME": str(minilm()), "SERVED_MODEL_NAME": "all-MiniLM-L6-v2"},
+    "tgi": lambda: {
+        "MODEL_NAME": str(made("huggingface", tiny_causal.make)),
+        "SERVED_MODEL_NAME": "stand-in/no-model",
+    },
     "whisper": lambda: {
         "MODEL_NAME": str(made("whisper", tiny_whisper.make)),
         "SERVED_MODEL_NAME": "tiny/whisper",
     },
 }
 
+NOTES = {
+    "tgi": "TGI itself runs in its image, on a GPU. Here a stand-in takes its place (tools/tgi_stand_in.py): "
+    "it speaks TGI's API, and its answers are random words.",
+}
+"""What has to be said of a worker that does not run here as it is."""
+
 
 def engine_env(worker: str) -> dict[str, str]:
-    """What `worker` needs to run on this machine, with whatever model: the vLLM of .venv-vllm."""
-    return vllm_cpu.engine_env() if worker == "vllm" else {}
+    """What `worker` needs to run on this machine, with whatever model: the vLLM of .venv-vllm, and a stand-in
+    for TGI where there is none.
+    """
+    if worker == "vllm":
+        return vllm_cpu.engine_env()
+    if worker == "tgi" and not os.environ.get("TGI_URL") and not shutil.which("text-generation-launcher"):
+        path = os.environ.get("PATH", os.defpath)
+        return {"PATH": os.pathsep.join([str(made("tgi-launcher", tgi_launcher)), path])}
+    return {}
 
 
 def local_env(worker: str) -> dict[str, str]:

@@ -15,13 +15,14 @@ from pathlib import Path
 from local.__main__ import main
 from tools import vllm_cpu
 from tools.images import image
-from tools.models import engine_env, local_env
+from tools.models import NOTES, engine_env, local_env
 from tools.workers import load_handler
 
 
 def image_env(worker: str) -> dict[str, str]:
     """Environment variables with which the image of `worker` runs on this machine, engine and all its own."""
-    return {name: value for name, value in local_env(worker).items() if name != "ENGINE_COMMAND"}
+    not_there = ("ENGINE_COMMAND", "PATH")
+    return {name: value for name, value in local_env(worker).items() if name not in not_there}
 
 
 def mounts(env: Mapping[str, str]) -> list[str]:
@@ -56,4 +57,6 @@ if __name__ == "__main__":
     os.environ.update(env)
     if in_container:
         rest = [*in_image(worker, env), *rest]
+    elif "PATH" in env:  # where a stand-in for its engine is
+        print(NOTES[worker], file=sys.stderr, flush=True)
     sys.exit(main([command, worker, *rest]))

@@ -5,7 +5,8 @@ another Python base, NETWORK=host the network for builds. The models are those o
 or baked in, on the CPU.
 
 vllm's own base has an engine for CUDA, which starts on no CPU. Here its Dockerfile builds on a stand-in: the
-Python base with the same version of the real vLLM for CPUs, and what else the Dockerfile relies on.
+Python base with the same version of the real vLLM for CPUs, and what else the Dockerfile relies on. TGI's has
+tools/tgi_stand_in.py in the place of the launcher.
 """
 
 from __future__ import annotations
@@ -121,7 +122,38 @@ def vllm_base(python: str, name: str) -> None:
     subprocess.run(command, input=f"FROM {python}{VLLM}", text=True, check=True)
 
 
-STAND_INS = {"vllm": vllm_base}
+# TGI's base has uv, a Python of its own and no pip, and starts its launcher.
+TGI = """
+RUN python3 -m venv /usr/src/.venv \\
+    && /usr/src/.venv/bin/pip install --no-cache-dir --quiet uv aiohttp jinja2 tokenizers \\
+    && mv /usr/src/.venv/bin/uv /bin/ \\
+    && /usr/src/.venv/bin/pip uninstall --quiet --yes pip
+COPY tgi_stand_in.py /usr/src/
+RUN printf '#!/bin/sh\\nexec /usr/src/.venv/bin/python /usr/src/tgi_stand_in.py "$@"\\n' \\
+        > /usr/local/bin/text-generation-launcher \\
+    && chmod +x /usr/local/bin/text-generation-launcher
+ENV PATH="$PATH:/usr/src/.venv/bin/" HF_HOME=/data PORT=80 UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1
+ENTRYPOINT ["text-generation-launcher"]
+"""
+
+
+def tgi_base(python: str, name: str) -> None:
+    """Build a stand-in for text-generation-inference on the Python image `python`."""
+    network = [f"--network={network}"] if (network := os.environ.get("NETWORK")) else []
+    command = [
+        "docker",
+        "buildx",
+        "build",
+        "--load",
+        *network,
+        f"--tag={name}",
+        "--file=-",
+        str(ROOT / "tools"),
+    ]
+    subprocess.run(command, input=f"FROM {python}{TGI}", text=True, check=True)
+
+
+STAND_INS = {"tgi": tgi_base, "vllm": vllm_base}
 PYTHON_BASE = kept()["sentence-transformers"]["args"]["BASE_IMAGE"]
 
 

@@ -88,6 +88,12 @@ async def test_a_request_gets_its_json(shared_server: Watched) -> None:
     assert answer["pid"] == shared_server.pid
 
 
+async def test_a_call_has_the_headers_too(shared_server: Watched) -> None:
+    answer, headers = await shared_server.call("POST", "/echo", {"n": 1})
+    assert answer["got"] == {"n": 1}
+    assert headers["content-type"].startswith("application/json")
+
+
 async def test_connections_are_kept(shared_server: Watched) -> None:
     peers = {(await shared_server.request("POST", "/echo", {}))["peer"] for _ in range(5)}
     assert len(peers) < 5  # not 1: a machine that stands still for seconds lets one go
@@ -275,6 +281,8 @@ def test_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
          "unsupported_architecture"),
         ("OSError: [Errno 28] No space left on device", "no_space"),
         ("vllm: error: argument --dtype: invalid choice: 'int3'", "bad_setting"),
+        ('Error: ArgumentValidation("`max_input_tokens`(9) must be < `max_total_tokens`(9)")', "bad_setting"),
+        ("error: unexpected argument '--max-model-len' found", "bad_setting"),
     ],
 )  # fmt: skip
 def test_a_permanent_cause_is_told_in_one_line(line: str, code: str) -> None:
