@@ -81,6 +81,7 @@ WORKERS = {
   tgi                   = { base = "tgi", about = "LLMs with Hugging Face's TGI, where an endpoint is built on it; vllm for new ones" }
   vllm                  = { base = "vllm", about = "Any LLM that vLLM serves: its routes, fields and flags" }
   whisper               = { base = "python", about = "Whisper: speech to text, of any length" }
+  xtts                  = { base = "python", about = "XTTS: speech in seventeen languages, built-in and cloned voices" }
 }
 
 BASES = {

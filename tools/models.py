@@ -21,6 +21,7 @@ from tools import (
     tiny_llava,
     tiny_retrieval,
     tiny_whisper,
+    tiny_xtts,
     vllm_cpu,
 )
 from tools.workers import ROOT
@@ -99,6 +100,12 @@ _LOCAL: dict[str, Callable[[], dict[str, str]]] = {
     "whisper": lambda: {
         "MODEL_NAME": str(made("whisper", tiny_whisper.make)),
         "SERVED_MODEL_NAME": "tiny/whisper",
+    },
+    "xtts": lambda: {
+        "MODEL_NAME": str(made("xtts", tiny_xtts.make)),
+        "SERVED_MODEL_NAME": "tiny-random/xtts",
+        # Nobody's weights but the project's own are loaded.
+        "COQUI_TOS_AGREED": "1",
     },
 }
 

@@ -273,6 +273,17 @@ def test_choices_follow_the_distribution() -> None:
         assert torch.allclose(counts, torch.tensor(expected, dtype=torch.float), atol=0.032), counts
 
 
+def test_a_row_without_finite_logits_has_no_token() -> None:
+    """Be the token drawn or the likeliest; its neighbours get theirs."""
+    import torch
+
+    logits = torch.tensor([[float("nan")] * 4, [float("-inf")] * 4, [0.0, 9.0, 0.0, 0.0]])
+    for temperature in (0.0, 0.8):
+        sampling = Sampling(1, temperature, top_k=2, top_p=0.9)
+        rows = [SimpleNamespace(sampling=sampling, random=random.Random(0), over=False) for _ in range(3)]
+        assert choose(logits, rows) == [-1, -1, 1]  # type: ignore[arg-type]
+
+
 async def test_logits_that_are_no_numbers_fail_their_own_answer(engine: Generator, model: Any) -> None:
     import torch
 

@@ -206,9 +206,15 @@ def test_lock_is_what_its_requirements_compile_to(path: Path, tmp_path: Path) ->
     "path", [lock.TORCH_LOCK, *(f / "requirements.txt" for f in lock.lock_folders())], ids=str
 )
 def test_image_finds_a_wheel_of_every_package(path: Path, python: str, tmp_path: Path) -> None:
-    """Images build nothing from source: that would run unpinned code, and need a compiler."""
+    """Images build nothing from source: that would run unpinned code, and need a compiler.
+
+    Save what lock.FROM_SOURCE names, for whose Dockerfiles see below.
+    """
+    entries = re.split(r"\n(?=[A-Za-z0-9])", (ROOT / path).read_text())
+    wheels = tmp_path / "lock.txt"
+    wheels.write_text("\n".join(entry for entry in entries if entry.split("==")[0] not in lock.FROM_SOURCE))
     command = ["pip", "install", "--dry-run", "--quiet", "--target", str(tmp_path), "--no-deps"]
-    command += ["--require-hashes", "--only-binary", ":all:", "--requirement", str(path)]
+    command += ["--require-hashes", "--only-binary", ":all:", "--requirement", str(wheels)]
     command += ["--python-version", python, "--python-platform", "x86_64-manylinux_2_28"]
     done = subprocess.run([BIN / "uv", *command], cwd=ROOT, capture_output=True, text=True, check=False)
     if NO_NETWORK.search(done.stderr):
@@ -314,6 +320,14 @@ def test_bake_gives_arguments_that_the_dockerfile_takes(name: str) -> None:
     taken = set(re.findall(r"^ARG ([A-Z_]+)=", read(f"workers/{name}/Dockerfile"), re.MULTILINE))
     given = set(bake.kept()[name]["args"]) - {"SOURCE_DATE_EPOCH"}  # BuildKit's own
     assert taken == (given if "MODEL_NAME" in taken else {"BASE_IMAGE"})
+
+
+@each_worker
+def test_dockerfile_builds_from_source_what_has_no_wheel_and_nothing_else(name: str) -> None:
+    source = sorted(pins(Path("workers", name, "requirements.txt")).keys() & set(lock.FROM_SOURCE))
+    text = read(f"workers/{name}/Dockerfile")
+    assert re.findall(r"--no-binary (\S+)", text) == ([",".join(source)] if source else [])
+    assert ("--no-build-isolation" in text) == bool(source), "what builds it would not be pinned"
 
 
 @each_worker
