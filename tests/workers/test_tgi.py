@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +26,7 @@ from local.workers import WorkerProcess
 from shared import jobs, reaper
 from shared.errors import JobError, StartError
 from shared.settings import read_settings
+from shared.volume import ModelPath
 from tools import tgi_stand_in
 from tools.models import local_env
 from tools.workers import load_handler
@@ -133,7 +134,7 @@ def test_openai_requests_are_put_as_tgi_takes_them(tgi: ModuleType) -> None:
     asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
     assert chat_body(tgi, response_format=asked)["response_format"] == {"type": "json", "value": schema}
     assert "response_format" not in chat_body(tgi, response_format={"type": "text"})
-    turn = {"role": "assistant", "content": None, "tool_calls": [{"id": "0"}]}
+    turn = {"role": "assistant", "content": None, "name": None, "tool_calls": [{"id": "0"}]}
     assert chat_body(tgi, messages=[turn])["messages"] == [{"role": "assistant", "tool_calls": [{"id": "0"}]}]
 
 
@@ -141,7 +142,8 @@ def test_openai_requests_are_put_as_tgi_takes_them(tgi: ModuleType) -> None:
     ("field", "value"),
     [
         ("n", 2), ("presence_penalty", 0.5), ("logit_bias", {"5": 1}), ("functions", [{}]),
-        ("chat_template_kwargs", {"a": 1}), ("response_format", {"type": "json_object"}),
+        ("chat_template_kwargs", {"a": 1}), ("response_format", {"type": "json_object"}), ("top_k", 5),
+        ("min_p", 0.1), ("typical_p", 0.5),
     ],
 )  # fmt: skip
 def test_what_tgi_would_ignore_is_refused(tgi: ModuleType, field: str, value: Any) -> None:
@@ -217,6 +219,21 @@ def test_the_room_that_is_left(tgi: ModuleType) -> None:
         error = JobError(text.format(given))
         assert tgi.room(error) == tgi.room(tgi.explain(error, "prompt")) == left
     assert tgi.room(JobError("`top_p` must be > 0.0 and < 1.0")) == 0
+
+
+async def test_events_are_read_whatever_their_text_holds(tgi: ModuleType) -> None:
+    """Comments, blanks after `data:` or none, and characters that Python takes for ends of lines."""
+
+    class Client:
+        async def stream(self, path: str, body: Any) -> AsyncIterator[str]:
+            yield ":\n\n"
+            yield 'data:{"text": "a\u2028b\x85c"}\n\n'
+            yield 'data: {"text": "d"}\n\n'
+            yield "data: [DONE]\n\n"
+
+    made = tgi.Engine(Client(), "name", None, {}, 100, None)
+    found = [event["text"] async for event in made.events("/", {}, "prompt")]
+    assert found == ["a\u2028b\x85c", "d"]
 
 
 # ---- the launcher's command line -----------------------------------------------------------------------
@@ -342,6 +359,50 @@ def test_extra_arguments_are_not_the_workers_own(tgi: ModuleType, extra: str) ->
 def test_adapters_by_name(tgi: ModuleType) -> None:
     found = settings(tgi, MODEL_ID="a", LORA_ADAPTERS="x/y, z=/folder,q@main")
     assert tgi.adapters(found) == ["x/y", "z", "q"]
+
+
+@pytest.mark.parametrize(
+    ("code", "adapters", "argv", "online"),
+    [
+        (None, None, ["--model-id", "/the/model"], False),
+        (None, "x=/folder", ["--model-id", "/the/model"], False),
+        (None, "x/y", ["--model-id", "/the/model"], True),
+        ("no_weights", None, ["--model-id", "a/b", "--revision", "r"], True),
+        ("gated", None, None, False),
+    ],
+)
+def test_who_fetches_the_model(
+    tgi: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    code: str | None, adapters: str | None, argv: list[str] | None, online: bool,
+) -> None:  # fmt: skip
+    """This worker, and TGI what this worker does not know: other formats, and adapters by their id."""
+    started = []
+
+    def resolve(*_: Any) -> ModelPath:
+        if code:
+            raise StartError("no", code=code)
+        return ModelPath(Path("/the/model"), "a/b", "c0ffee", "volume", 1)
+
+    class Server:
+        def __init__(self, name: str, command: Callable[[int], list[str]], **options: Any) -> None:
+            started.append((command(5), options["env"]))
+
+        def start(self) -> None:
+            pass
+
+    monkeypatch.setattr(tgi.prewarm, "resolve", resolve)
+    monkeypatch.setattr(tgi, "EngineServer", Server)
+    env = {"MODEL_ID": "a/b", "REVISION": "r", **({"LORA_ADAPTERS": adapters} if adapters else {})}
+    if argv is None:
+        with pytest.raises(StartError, match="no"):
+            tgi.start(settings(tgi, **env))
+        return
+    _, commit = tgi.start(settings(tgi, **env))
+    ((command, changed),) = started
+    assert command[1 : len(argv) + 1] == argv
+    assert ("--revision" in command) == ("--revision" in argv)
+    assert ("HF_HUB_OFFLINE" in changed) == online
+    assert commit == (None if code else "c0ffee")
 
 
 def test_a_template_in_a_file_of_its_own_is_handed_to_tgi(tgi: ModuleType, tmp_path: Path) -> None:
@@ -566,6 +627,14 @@ async def test_a_long_prompt_gets_the_room_that_is_left(worker: ModuleType) -> N
     assert (problem["param"], problem["code"]) == ("max_tokens", "too_long")
     assert "2048" in problem["message"]
     assert "1900" in problem["message"]
+
+
+@engine
+async def test_messages_of_a_client_with_nulls_in_them(worker: ModuleType) -> None:
+    talk = [{"role": "user", "content": "Hi", "name": None, "tool_calls": None}]
+    answer = await send(worker, messages=talk, max_tokens=2, temperature=0)
+    same = await chat(worker, messages=talk, max_tokens=2, temperature=0)
+    assert answer["response"] == same["choices"][0]["message"]["content"]
 
 
 @engine

@@ -410,10 +410,10 @@ def openai_body(request: OpenAICall, adapter: str | None) -> dict[str, Any]:
     """
     openai_api.refuse_unserved(
         request, n=1, presence_penalty=0, logit_bias={}, functions=[], modalities=["text"], audio=None,
-        logprobs=0, suffix="", echo=False, best_of=1, chat_template_kwargs={},
+        logprobs=0, suffix="", echo=False, best_of=1, chat_template_kwargs={}, top_k=0, min_p=0, typical_p=1,
     )  # fmt: skip
     body = request.model_dump(exclude_none=True, exclude={"model", "max_completion_tokens"})
-    for name in ("n", "presence_penalty", "logit_bias", "suffix", "echo", "best_of"):
+    for name in ("n", "presence_penalty", "logit_bias", "suffix"):  # whose neutral values TGI may misread
         body.pop(name, None)
     if adapter:
         body["model"] = adapter
@@ -424,11 +424,16 @@ def openai_body(request: OpenAICall, adapter: str | None) -> dict[str, Any]:
             body["max_tokens"] = request.max_completion_tokens
         if "repetition_penalty" in body:
             body["presence_penalty"] = body.pop("repetition_penalty") - 2
-        body["messages"] = [{k: v for k, v in turn.items() if v is not None} for turn in request.messages]
+        body["messages"] = turns(request.messages)
         body |= _grammar(body.pop("response_format", {"type": "text"}))
         if not body.get("tools"):
             body.pop("tools", None)
     return body
+
+
+def turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages without nulls: clients send what they have got, and TGI has no null there."""
+    return [{name: value for name, value in turn.items() if value is not None} for turn in messages]
 
 
 def _grammar(asked: dict[str, Any]) -> dict[str, Any]:
@@ -542,19 +547,20 @@ class Engine:
             try:
                 async with aclosing(self.client.stream(path, body)) as events:
                     async for event in events:
-                        data = "".join(line[5:].strip() for line in event.splitlines() if line[:5] == "data:")
+                        lines = event.split("\n")  # not splitlines(): a text may hold U+2028
+                        data = "".join(line[5:].strip(" ") for line in lines if line.startswith("data:"))
                         if data and data != "[DONE]":
                             silent = False
                             yield json.loads(data)
                 return
             except JobError as error:
-                await _wait_or_raise(error, begun if silent else -PATIENCE_S, prompt)
+                await _wait_or_raise(error, begun if silent else float("-inf"), prompt)
 
     async def read(self, request: GenerateRequest) -> tuple[str, str]:
         """The text to go on from, and the field that it came from."""
         if request.messages is None:
             return request.prompt or "", "prompt"
-        asked, _ = await self.call("/chat_tokenize", {"messages": request.messages}, "messages")
+        asked, _ = await self.call("/chat_tokenize", {"messages": turns(request.messages)}, "messages")
         text: str = asked["templated_text"]
         first = next(iter(asked["tokenize_response"]), None)
         if first and first["id"] == self.bos:
@@ -642,6 +648,7 @@ def start(settings: Settings) -> tuple[EngineClient, str | None]:
     name = settings.model_name
     assert name is not None
     model, revision, commit = name, settings.model_revision, None
+    fetches = any("=" not in adapter for adapter in (settings.lora_adapters or "=").split(","))
     try:
         found = prewarm.resolve(settings, name)
         model, revision, commit = str(found.path), None, found.revision
@@ -653,7 +660,7 @@ def start(settings: Settings) -> tuple[EngineClient, str | None]:
         if error.code not in ("no_weights", "incomplete") or Path(name).is_dir():
             raise
         log.warning("%s Left to TGI: it knows other formats.", error.message)
-    fetches = model == name or any("=" not in it for it in (settings.lora_adapters or "=").split(","))
+        fetches = True
     server = EngineServer(
         "tgi",
         lambda port: command(settings, model, revision, port),
