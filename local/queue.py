@@ -193,10 +193,10 @@ class Queue:
             self._end(job, State.CANCELLED)
 
     def retry(self, job: Job) -> None:
-        """Queue a job once more. Raises Refused unless it has FAILED or TIMED_OUT."""
+        """Queue a job once more, its ttl counted anew. Raises Refused unless it has FAILED or TIMED_OUT."""
         if job.state not in (State.FAILED, State.TIMED_OUT):
             raise Refused(f"a job that is {job.state} cannot be retried")
-        job.retries = 0
+        job.retries, job.created = 0, self._clock()
         self.counts["retried"] += 1
         self._requeue(job, first=False)
         self._dispatch()

@@ -223,6 +223,20 @@ def test_retry_runs_a_failed_job_again_under_its_id(queue: Queue) -> None:
     assert job.result == {"output": 2}
 
 
+def test_a_retried_job_has_its_whole_ttl_again(queue: Queue, clock: Clock) -> None:
+    job = queue.submit({**INPUT, "policy": {"ttl": 20_000}}, sync=False)
+    take(queue)
+    queue.report("a", job.id, {"error": "no"})
+    clock.now += 41
+    queue.retry(job)
+    clock.now += 19
+    queue.expire()
+    assert job.state == "IN_QUEUE"
+    clock.now += 1
+    queue.expire()
+    assert job.state == "TIMED_OUT"
+
+
 def test_purge_takes_only_what_waits(queue: Queue) -> None:
     jobs = [queue.submit(INPUT, sync=False) for _ in range(3)]
     take(queue)
