@@ -18,8 +18,9 @@ import pytest
 import requests
 
 from local import Platform, running
-from shared import jobs
+from shared import generation, jobs
 from shared.errors import JobError
+from shared.generation import choose
 from tools import tiny_causal
 from tools.models import local_env
 from tools.workers import load_handler
@@ -242,7 +243,11 @@ def noise_again(worker: ModuleType) -> list[Any]:
 
 
 @engine
-async def test_a_stream_is_the_plain_answer_in_pieces(family: ModuleType) -> None:
+async def test_a_stream_is_the_plain_answer_in_pieces(
+    family: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes while the first piece is on its way is joined: 10 ms a token leave time for several."""
+    monkeypatch.setattr(generation, "choose", lambda *args: (time.sleep(0.01), choose(*args))[1])
     asked = {"messages": TALK, "max_tokens": 40, "temperature": 1.0, "seed": 4}
     plain = await send(family, **asked)
     *pieces, end = await parts(family, **asked, stream=True)
@@ -354,24 +359,31 @@ def live(worker: ModuleType) -> int:
     return len(batch.rows) if batch else 0
 
 
-async def until(condition: Callable[[], bool]) -> float:
-    """Seconds until `condition` comes true."""
+async def until(condition: Callable[[], bool]) -> None:
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < 30
         await asyncio.sleep(0.005)
-    return time.monotonic() - started
 
 
 @engine
 @pytest.mark.parametrize("settings", [{"stream": True}, {}, {"n": 3, "stream": True}, {"n": 3}], ids=str)
-async def test_a_cancelled_job_gives_its_place_up(worker: ModuleType, settings: dict[str, Any]) -> None:
+async def test_a_cancelled_job_gives_its_place_up(
+    worker: ModuleType, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each token takes 30 ms, so that the whole answer would take a minute on any machine."""
+    generator = worker.engine.generator
+    step = generator._step
+    monkeypatch.setattr(generator, "_step", lambda batch: (time.sleep(0.03), step(batch)))
+    monkeypatch.setattr(generator, "_ends", frozenset())
     job = asyncio.create_task(parts(worker, prompt="The river", max_tokens=2000, temperature=0.0, **settings))
     await until(lambda: live(worker) == settings.get("n", 1))
+    rows = list(generator._live.rows)
     job.cancel()
     with suppress(asyncio.CancelledError):
         await job
-    assert await until(lambda: live(worker) == 0) < 1
+    await until(lambda: live(worker) == 0)
+    assert all(row.left > 1000 for row in rows)
 
 
 # ---- under the local platform, with the unmodified SDK and the official client ---------------------------
