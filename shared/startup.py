@@ -79,7 +79,8 @@ _LOGGED = (
     (
         r"unrecognized arguments?:|invalid choice:|error: argument |unexpected argument"
         r"|invalid value .* for '--|required arguments were not provided"
-        r"|greater than the derived max_model_len|Value error, |ArgumentValidation\(",
+        r"|greater than the derived max_model_len|Value error, |Unknown attention backend"
+        r"|invalid (tool call|reasoning) parser|No adapter found for |ArgumentValidation\(",
         "bad_setting",
         "Correct or remove that setting.",
     ),
@@ -89,7 +90,8 @@ _LOG_PREFIX = re.compile(r"^(\(.*?\) )?((ERROR|WARNING|INFO)\b[\s\d:.-]*(\[.*?\]
 
 def classify_log(lines: Iterable[str]) -> StartError | None:
     """The permanent cause that an engine's last lines tell, or None when a new try may go well."""
-    told = [_LOG_PREFIX.sub("", line).strip() for line in lines]
+    # pydantic ends its own lines with the whole input
+    told = [_LOG_PREFIX.sub("", line).partition(" [type=")[0].strip() for line in lines]
     for pattern, code, advice in _LOGGED:
         for line in reversed(told):
             if re.search(pattern, line):

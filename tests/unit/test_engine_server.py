@@ -283,6 +283,12 @@ def test_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("vllm: error: argument --dtype: invalid choice: 'int3'", "bad_setting"),
         ('Error: ArgumentValidation("`max_input_tokens`(9) must be < `max_total_tokens`(9)")', "bad_setting"),
         ("error: unexpected argument '--max-model-len' found", "bad_setting"),
+        ("vllm: error: unrecognized arguments: --no-such-flag", "bad_setting"),
+        ("ValueError: Unknown attention backend: 'XFORMERS'. Valid options are: FLASH_ATTN", "bad_setting"),
+        ("KeyError: 'invalid tool call parser: nope (chose from { hermes })'", "bad_setting"),
+        ("ValueError: Loading lora a failed: No adapter found for /nowhere", "bad_setting"),
+        ("  Value error, Total number of attention heads (4) must be divisible by tensor parallel size (3). "
+         "[type=value_error, input_value=ArgsKwargs((), {}), input_type=ArgsKwargs]", "bad_setting"),
     ],
 )  # fmt: skip
 def test_a_permanent_cause_is_told_in_one_line(line: str, code: str) -> None:
@@ -292,6 +298,7 @@ def test_a_permanent_cause_is_told_in_one_line(line: str, code: str) -> None:
     assert caught.value.code == code
     assert "\n" not in caught.value.message
     assert not caught.value.message.startswith("(EngineCore")
+    assert "input_value" not in caught.value.message
     assert server.pid is not None
     assert reaper.members(server.pid) == []
 
