@@ -42,19 +42,28 @@ def members(session: int) -> list[int]:
 
 
 def end(session: int, grace: float) -> None:
-    """SIGTERM to every process of `session`, and SIGKILL to those that are there `grace` seconds later."""
-    for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, KILL_S)):
-        deadline = time.monotonic() + seconds
-        told: set[int] = set()
-        while left := members(session):
-            if time.monotonic() >= deadline:
-                break
-            for process in left:
-                if process not in told or number == signal.SIGKILL:
-                    with contextlib.suppress(ProcessLookupError, PermissionError):
-                        os.kill(process, number)
-            told.update(left)
-            time.sleep(POLL_S)
+    """SIGTERM to the leader of `session`, then to those that it leaves behind; SIGKILL after `grace` seconds.
+
+    The leader first, as engines end their own processes in good order and report a crash otherwise.
+    """
+    deadline = time.monotonic() + grace
+    told: set[int] = set()
+    while (left := members(session)) and time.monotonic() < deadline:
+        for process in [session] if session in left else left:
+            if process not in told:
+                told.add(process)
+                _send(process, signal.SIGTERM)
+        time.sleep(POLL_S)
+    deadline = time.monotonic() + KILL_S
+    while (left := members(session)) and time.monotonic() < deadline:
+        for process in left:
+            _send(process, signal.SIGKILL)
+        time.sleep(POLL_S)
+
+
+def _send(process: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(process, number)
 
 
 if __name__ == "__main__":
