@@ -8,6 +8,7 @@ decoder's states to the wanted tokens.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,11 +61,14 @@ def make(
     positions: int = 448,
     vocabulary: int = 0,
     taught: bool = True,
+    sounds: Sequence[Said] = SAID,
+    lengths: Sequence[float] = (1.0, 2.0, 3.0),
 ) -> Path:
     """Write the model and its processor into `folder`.
 
     width, layers, heads: of encoder and decoder alike. positions: of the decoder. vocabulary: at least so
-    many tokens of text. taught: false leaves every weight random.
+    many tokens of text. taught: false leaves every weight random. sounds: what it is taught, at
+    these lengths in seconds.
     """
     import torch
     from transformers import (
@@ -91,7 +95,7 @@ def make(
     model = WhisperForConditionalGeneration(config).eval()
     extractor = WhisperFeatureExtractor(feature_size=mels)
     if taught:
-        _teach(model, tokenizer, extractor, multilingual)
+        _teach(model, tokenizer, extractor, multilingual, sounds, lengths)
     never = ("startoftranscript", "translate", "transcribe", "startoflm", "startofprev", "nospeech")
     settings: dict[str, Any] = {
         "max_length": positions, "return_timestamps": False, "is_multilingual": multilingual,
@@ -153,8 +157,15 @@ def _tokenizer(multilingual: bool, vocabulary: int) -> Any:
     return tokenizer
 
 
-def _teach(model: Any, tokenizer: Any, extractor: Any, multilingual: bool) -> None:
-    """Solve for weights of the last layer that say what SAID wants, wherever in the window the tone lies."""
+def _teach(
+    model: Any,
+    tokenizer: Any,
+    extractor: Any,
+    multilingual: bool,
+    taught: Sequence[Said],
+    lengths: Sequence[float],
+) -> None:
+    """Solve for weights of the last layer that say what is wanted, wherever in the window the tone lies."""
     import numpy as np
     import torch
 
@@ -162,11 +173,11 @@ def _teach(model: Any, tokenizer: Any, extractor: Any, multilingual: bool) -> No
     start, end = token("<|startoftranscript|>"), token("<|endoftext|>")
     begin, finish, plain = token("<|0.00|>"), token(f"<|{SECONDS:.2f}|>"), token("<|notimestamps|>")
     states, targets, rng = [], [], np.random.default_rng(0)
-    for said in SAID:
+    for said in taught:
         sounds = [
             np.concatenate([np.zeros(int(delay * RATE), np.float32), tone(said.hertz, seconds)])
             for delay in (0.0, 0.3, 1.0)
-            for seconds in (1.0, 2.0, 3.0)
+            for seconds in lengths
         ]
         # Half of them with the noise of 8 bits, or of a codec.
         sounds += [x + rng.normal(0, 0.002, len(x)).astype(np.float32) for x in sounds]
@@ -191,9 +202,11 @@ def _teach(model: Any, tokenizer: Any, extractor: Any, multilingual: bool) -> No
                 if not multilingual:
                     break
     rows = torch.cat(states).double()
-    wanted = torch.full((len(targets), model.proj_out.out_features), -1.0, dtype=torch.double)
-    wanted[torch.arange(len(targets)), targets] = 20.0
+    # The wanted token gets 20, any other -1. Written out, that would be gigabytes for a real vocabulary.
+    wanted = torch.zeros(model.proj_out.out_features, rows.shape[1], dtype=torch.double)
+    wanted.index_add_(0, torch.tensor(targets), 21.0 * rows)
+    wanted -= rows.sum(0)
     ridge = 1e-3 * torch.eye(rows.shape[1], dtype=torch.double)
-    weights = torch.linalg.solve(rows.T @ rows + ridge, rows.T @ wanted).T
+    weights = torch.linalg.solve(rows.T @ rows + ridge, wanted.T).T
     with torch.no_grad():
         model.proj_out.weight.copy_(weights.float())

@@ -1,0 +1,42 @@
+"""What a first Whisper handler looks like: synchronous, one job at a time, transformers' pipeline."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from typing import Any
+
+import runpod
+import soundfile
+import torch
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline
+
+NAME = os.environ["MODEL_NAME"]
+processor = AutoProcessor.from_pretrained(NAME)
+model = AutoModelForSpeechSeq2Seq.from_pretrained(NAME, dtype=torch.float32)
+recognise = pipeline(
+    "automatic-speech-recognition",
+    model=model,
+    tokenizer=processor.tokenizer,
+    feature_extractor=processor.feature_extractor,
+)
+
+
+def handler(job: dict[str, Any]) -> dict[str, Any]:
+    wanted = job["input"]
+    # The pipeline itself would call ffmpeg.
+    samples, rate = soundfile.read(io.BytesIO(base64.b64decode(wanted["audio"])), dtype="float32")
+    options: dict[str, Any] = {"task": wanted.get("task", "transcribe"), "num_beams": 1}
+    if language := wanted.get("language"):
+        options["language"] = language
+    result = recognise(
+        {"raw": samples, "sampling_rate": rate},
+        return_timestamps=wanted.get("timestamps", False),
+        generate_kwargs=options,
+    )
+    return {"text": result["text"], "chunks": result.get("chunks", [])}
+
+
+if __name__ == "__main__":
+    runpod.serverless.start({"handler": handler})
