@@ -197,8 +197,8 @@ def report(found: dict[str, Any], where: dict[str, str]) -> tuple[str, dict[str,
 
 Clips of {CLIP_S:g} seconds sent at once through `/runsync` of the local platform and the unmodified SDK, and
 one file of {MINUTES} minutes, Opus. A model of whisper-tiny's size, 39 million parameters, greedy, float32;
-its answers have about forty tokens and are checked. No voice activity detection: the sounds are tones. Written
-by `python -m benchmarks whisper`. Of {ROUNDS} rounds in turn ({LONG_ROUNDS} of the file) the median one.
+its answers have about forty tokens and are checked. No voice activity detection: the sounds are tones. By
+`python -m benchmarks whisper`. Of {ROUNDS} rounds in turn ({LONG_ROUNDS} of the file) the median one.
 
 {table(["", "measured", "aim", "reached"], [(*goal[:3], verdict[goal[3]]) for goal in goals])}
 
