@@ -59,7 +59,10 @@ def made(name: str, build: Callable[[Path], object]) -> Path:
         (new / stamp).touch()
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
-    folder.chmod(0o755)  # mkdtemp's are the maker's alone, and a container may run as another user
+    # What mkdtemp and safetensors write is the maker's alone, and a container may run as another user.
+    folder.chmod(0o755)
+    for path in folder.iterdir():
+        path.chmod(path.stat().st_mode | 0o044)
     return folder
 
 
