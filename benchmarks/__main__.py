@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("embeddings", "florence2", "huggingface", "images", "llava", "retrieval", "whisper", "vllm")
+NAMES = ("embeddings", "florence2", "huggingface", "images", "llava", "retrieval", "vllm", "whisper", "xtts")
 
 
 def main() -> None:

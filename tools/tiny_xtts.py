@@ -32,12 +32,12 @@ CHARACTERS = "abcdefghijklmnopqrstuvwxyzàâäçèéêëîïñôöùûüßœæ01
 
 
 def make(
-    folder: Path, *, layers: int = 2, width: int = 64, tokens: int = 40, seconds: bool = False, seed: int = 0
+    folder: Path, *, layers: int = 2, width: int = 64, tokens: int = 40, ends: bool = True, seed: int = 0
 ) -> None:
     """Write config.json, model.pth, vocab.json and speakers_xtts.pth into `folder`.
 
-    layers, width: of the transformer. tokens: the most in a piece of speech; each is 11 ms, and 46 ms, as in
-    XTTS itself, with `seconds`.
+    layers, width: of the transformer. tokens: the most in a piece of speech, of 11 ms each; without `ends`,
+    what every piece has.
     """
     import torch
     from tokenizers import Tokenizer, models
@@ -56,7 +56,7 @@ def make(
         gpt_layers=layers, gpt_n_model_channels=width, gpt_n_heads=max(2, width // 64),
         decoder_input_dim=width, gpt_max_audio_tokens=tokens + 3, gpt_num_audio_tokens=1026,
         gpt_start_audio_token=1024, gpt_stop_audio_token=1025, gpt_use_perceiver_resampler=True,
-        gpt_code_stride_len=1024 if seconds else 256,
+        gpt_code_stride_len=256,
     )  # fmt: skip
     config = XttsConfig(model_args=arguments)
     config.languages = list(LANGUAGES)
@@ -67,7 +67,7 @@ def make(
         model.init_models()  # the transformer too, now that the size of the vocabulary is known
         with torch.no_grad():
             # Pieces end anywhere, and the voice can be heard.
-            model.gpt.mel_head.bias[arguments.gpt_stop_audio_token] += 1.0
+            model.gpt.mel_head.bias[arguments.gpt_stop_audio_token] += 1.0 if ends else -1e4
             model.hifigan_decoder.waveform_decoder.conv_post.weight *= 20
         speakers = {
             name: {

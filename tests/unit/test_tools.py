@@ -210,3 +210,20 @@ def test_new_worker_is_in_every_table(house: Path) -> None:
 def test_new_worker_refuses_a_name_that_cannot_be(name: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         new_worker.make(name)
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_libraries_of_another_torch_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loads: bool
+) -> None:
+    """A package that, like torchaudio, loads its library where there is one."""
+    package = tmp_path / "torchaudio"
+    (package / "lib").mkdir(parents=True)
+    library = package / "lib" / "_torchaudio.abi3.so"
+    library.touch()
+    load = "" if loads else f"import os\nif os.path.exists({str(library)!r}): raise OSError('no libcudart')\n"
+    (package / "__init__.py").write_text(load)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    environment.drop_what_does_not_load(Path(sys.executable))
+    assert library.exists() == loads
+    assert [pin.split("==")[0] for pin in environment.audio()] == ["torchaudio", "torchcodec"]
