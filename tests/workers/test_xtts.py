@@ -10,8 +10,10 @@ import json
 import pickle
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -543,6 +545,17 @@ async def test_a_clone_is_the_librarys(
     assert torch.allclose(voice.embedding, embedding, atol=1e-5)
 
 
+def m4a(samples: Samples, rate: int) -> str:
+    """As a telephone records it; its index is at the end, so that ffmpeg needs a file to write."""
+    import imageio_ffmpeg
+
+    with tempfile.NamedTemporaryFile(suffix=".m4a") as file:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-i", "pipe:0", file.name]
+        subprocess.run(command, input=base64.b64decode(wav(samples, rate)), check=True)
+        return base64.b64encode(Path(file.name).read_bytes()).decode()
+
+
+@cache
 def recordings() -> dict[str, str]:
     sound = recording(2.5, rate=44100)
     stereo = np.stack([sound, sound * 0.5], axis=1)
@@ -555,6 +568,7 @@ def recordings() -> dict[str, str]:
         "mp3": wav(sound, 44100, format="MP3"),
         "ogg": wav(sound, 44100, format="OGG"),
         "opus": wav(recording(2.5, rate=48000), 48000, format="OGG", subtype="OPUS"),
+        "m4a": m4a(sound, 44100),
         "48 kHz": wav(recording(2.5, rate=48000), 48000),
         "long": wav(recording(40.0)),
         "with silence around": wav(np.pad(sound, (44100, 88200)), 44100),
