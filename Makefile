@@ -106,7 +106,8 @@ help: ## This list
 	  SOURCE 'the address of the source code that the images name' \
 	  NETWORK 'host: builds use the network of this machine' \
 	  IMAGE '1: make run-<worker> and serve-<worker> run the image, not the file' \
-	  IMAGES 'the workers whose images make test-images tests (all)'
+	  IMAGES 'the workers whose images make test-images tests (all)' \
+	  BUILT '1: make test-images takes the images as they are, where they are built'
 
 # Their engine is vLLM on the CPU.
 run-vllm serve-vllm: $(if $(IMAGE),,$(MADE_VLLM))

@@ -1,8 +1,8 @@
 """The images themselves, built and run: `make test-images`. `make test` does not collect this file.
 
 It needs Docker with buildx, and takes minutes for each image. IMAGES names the workers (all), BASE_IMAGE
-another Python base, NETWORK=host the network for builds. The models are those of `make run-<worker>`, mounted
-or baked in, on the CPU.
+another Python base, NETWORK=host the network for builds; BUILT=1 takes images that are built. The models are
+those of `make run-<worker>`, mounted or baked in, on the CPU.
 
 vllm's own base has an engine for CUDA, which starts on no CPU. Here its Dockerfile builds on a stand-in: the
 Python base with the same version of the real vLLM for CPUs, and what else the Dockerfile relies on. TGI's has
@@ -172,9 +172,10 @@ def built() -> Callable[[str], str]:
     def build(worker: str) -> str:
         if worker not in done:
             env = variables(worker)
-            if worker in STAND_INS:
-                STAND_INS[worker](os.environ.get("BASE_IMAGE") or PYTHON_BASE, env["BASE_IMAGE"])
-            subprocess.run(["make", f"build-{worker}"], cwd=ROOT, env=os.environ | env, check=True)
+            if not os.environ.get("BUILT"):
+                if worker in STAND_INS:
+                    STAND_INS[worker](os.environ.get("BASE_IMAGE") or PYTHON_BASE, env["BASE_IMAGE"])
+                subprocess.run(["make", f"build-{worker}"], cwd=ROOT, env=os.environ | env, check=True)
             command = [sys.executable, "-m", "tools.images", "name", worker]
             done[worker] = subprocess.check_output(command, cwd=ROOT, env=os.environ | env, text=True).strip()
         return done[worker]
