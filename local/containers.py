@@ -14,7 +14,8 @@ class Container:
     image: as built; nothing is pulled. options: further ones of `docker run`, such as `--gpus=all`.
 
     The container has this machine's network, since the platform listens on 127.0.0.1 only. Of the
-    environment it gets what RunPod sets and what is the worker's own.
+    environment it gets what RunPod sets and what is the worker's own. /dev/shm is larger than Docker's 64 MB,
+    which vLLM and collectives of several GPUs exceed.
     """
 
     image: str
@@ -28,6 +29,7 @@ class Container:
         passed = [f"--env={name}" for name in sorted(variables)]
         return [
             *("docker", "run", "--rm", "--pull=never", "--network=host", f"--name={self.name(worker_id)}"),
+            "--shm-size=2g",
             *passed,
             *self.options,
             self.image,

@@ -102,12 +102,16 @@ def bake(
 
 # `vllm` is what the official image calls its engine, and no command of this wheel.
 VLLM = f"""
+RUN apt-get update && apt-get install --yes --no-install-recommends libnuma1
 COPY lib /opt/engine/lib
 RUN python3 -c "import glob, sysconfig; packages = glob.glob('/opt/engine/lib/python3*/site-packages')[0]; \\
     open(sysconfig.get_path('purelib') + '/engine.pth', 'w').write(packages)" \\
     && printf '#!/bin/sh\\nshift\\nexec python3 -m {vllm_cpu.MODULE} --model "$@"\\n' > /usr/local/bin/vllm \\
     && chmod +x /usr/local/bin/vllm
 """
+
+
+NETWORK = [f"--network={os.environ['NETWORK']}"] if os.environ.get("NETWORK") else []
 
 
 def vllm_base(python: str, name: str) -> None:
@@ -118,7 +122,7 @@ def vllm_base(python: str, name: str) -> None:
     environment = vllm_cpu.PYTHON.parents[1]
     if not (environment / "lib" / f"python{version.rpartition('.')[0]}").exists():
         pytest.skip(f"no stand-in for the base of vllm: .venv-vllm has another Python than {python}")
-    command = ["docker", "buildx", "build", "--load", f"--tag={name}", "--file=-", str(environment)]
+    command = ["docker", "buildx", "build", "--load", f"--tag={name}", *NETWORK, "--file=-", str(environment)]
     subprocess.run(command, input=f"FROM {python}{VLLM}", text=True, check=True)
 
 
@@ -139,13 +143,12 @@ ENTRYPOINT ["text-generation-launcher"]
 
 def tgi_base(python: str, name: str) -> None:
     """Build a stand-in for text-generation-inference on the Python image `python`."""
-    network = [f"--network={network}"] if (network := os.environ.get("NETWORK")) else []
     command = [
         "docker",
         "buildx",
         "build",
         "--load",
-        *network,
+        *NETWORK,
         f"--tag={name}",
         "--file=-",
         str(ROOT / "tools"),
