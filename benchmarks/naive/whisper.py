@@ -27,7 +27,9 @@ def handler(job: dict[str, Any]) -> dict[str, Any]:
     wanted = job["input"]
     # The pipeline itself would call ffmpeg.
     samples, rate = soundfile.read(io.BytesIO(base64.b64decode(wanted["audio"])), dtype="float32")
-    options: dict[str, Any] = {"task": wanted.get("task", "transcribe"), "num_beams": 1}
+    options: dict[str, Any] = {"task": wanted.get("task", "transcribe")}
+    if beams := os.environ.get("BEAMS"):  # else the pipeline's own: five, in transformers 5
+        options["num_beams"] = int(beams)
     if language := wanted.get("language"):
         options["language"] = language
     result = recognise(
