@@ -7,24 +7,19 @@ slows all of it.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import statistics
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from benchmarks.harness import (
     HERE,
-    ROOT,
     Burst,
     alone,
     ask,
+    bare,
     burst,
     machine,
     output,
@@ -41,35 +36,6 @@ WORKER = "sentence-transformers"
 NAIVE = HERE / "naive" / f"{WORKER}.py"
 NOOP = HERE / "noop.py"
 JOBS, NAIVE_JOBS, ROUNDS, LONE_JOBS = 256, 24, 3, 40
-
-
-class Bare:
-    """A process with the model and no handler."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-
-    def encode(self, values: Sequence[Any]) -> tuple[float, np.ndarray]:
-        """The seconds of one call, and its vectors, or the scores of `predict.py`."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(values) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
-        return answer["seconds"], np.array(answer["vectors"], np.float32)
-
-
-@contextmanager
-def bare(model: str, env: Mapping[str, str], script: str = "encode.py") -> Iterator[Bare]:
-    with subprocess.Popen(
-        [sys.executable, str(HERE / "bare" / script), model],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        yield Bare(process)
 
 
 def shortest_share(body: bytes) -> float:
@@ -93,12 +59,12 @@ def throughput(values: Sequence[str], env: Mapping[str, str], model: str) -> dic
     lone = texts(1, 50, 50, seed=1)[0]
     ours: list[Burst] = []
     offline: list[float] = []
-    with running(WORKER, env=env) as worker, running(NOOP) as noop, bare(model, env) as library:
-        library.encode(values[:8])
+    with running(WORKER, env=env) as worker, running(NOOP) as noop, bare("encode", model, env) as library:
+        library.ask(values[:8])
         burst(worker, jobs[:8])
         for round_number in range(ROUNDS):
             print(f"  round {round_number + 1} of {ROUNDS}: {JOBS} texts offline and as jobs", flush=True)
-            seconds, vectors = library.encode(values)
+            seconds, vectors = library.ask(values)
             offline.append(seconds)
             ours.append(burst(worker, jobs))
         floor = [burst(noop, jobs) for _ in range(ROUNDS)]
@@ -109,8 +75,8 @@ def throughput(values: Sequence[str], env: Mapping[str, str], model: str) -> dic
         for _ in range(LONE_JOBS):
             alone_ours.append(alone(worker, {"text": lone}))
             alone_noop.append(alone(noop, {"text": lone}))
-            alone_bare.append(library.encode([lone])[0])
-        in_a_row = [library.encode([lone])[0] for _ in range(LONE_JOBS)]
+            alone_bare.append(library.ask([lone])[0])
+        in_a_row = [library.ask([lone])[0] for _ in range(LONE_JOBS)]
 
         plain = ask(worker, {"texts": values[:64]})
         packed = ask(worker, {"texts": values[:64], "encoding_format": "base64"})
@@ -119,7 +85,7 @@ def throughput(values: Sequence[str], env: Mapping[str, str], model: str) -> dic
         "ours": ours,
         "offline_seconds": offline,
         "noop": floor,
-        "difference": float(np.abs(got - vectors).max()),
+        "difference": float(np.abs(got - np.array(vectors, np.float32)).max()),
         "lone": {
             "ours": statistics.median(alone_ours),
             "noop": statistics.median(alone_noop),

@@ -19,7 +19,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,36 @@ def alone(where: Platform, value: Any) -> float:
             return took
 
     return asyncio.run(once())
+
+
+class Bare:
+    """A script of bare/ that runs: the model without handler, SDK and platform."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def ask(self, wanted: Any) -> tuple[float, list[Any]]:
+        """The seconds that the script took for `wanted`, which is sent as a line of JSON, and its answers."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(wanted) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        return answer["seconds"], answer["answers"]
+
+
+@contextmanager
+def bare(script: str, argument: str, env: Mapping[str, str]) -> Iterator[Bare]:
+    """bare/<script>.py with one argument, the model or a worker's name."""
+    with subprocess.Popen(
+        [sys.executable, str(HERE / "bare" / f"{script}.py"), argument],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        yield Bare(process)
 
 
 def worker_start(worker: str | Path, env: Mapping[str, str]) -> tuple[float, dict[str, float]]:

@@ -9,20 +9,14 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-import os
 import statistics
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from benchmarks.embeddings import middle
-from benchmarks.harness import HERE, Burst, alone, burst, machine, table, write
+from benchmarks.harness import HERE, Burst, alone, bare, burst, machine, table, write
 from local import running
 from tools import tiny_llava
 from tools.models import made
@@ -54,35 +48,6 @@ def jobs(count: int) -> list[dict[str, Any]]:
     ]
 
 
-class Bare:
-    """A process with the model and no handler."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-
-    def answer(self, asked: Sequence[Mapping[str, Any]]) -> tuple[float, list[str]]:
-        """The seconds that one batch took, and its answers."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
-        return answer["seconds"], answer["said"]
-
-
-@contextmanager
-def bare(model: str, env: Mapping[str, str]) -> Iterator[Bare]:
-    with subprocess.Popen(
-        [sys.executable, str(HERE / "bare" / f"{WORKER}.py"), model],
-        env={**os.environ, **env},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        yield Bare(process)
-
-
 def measure(model: str) -> dict[str, Any]:
     # On two cores, a second thread of torch's would be in the way of the platform and the client.
     env = {"MODEL_NAME": model, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -90,12 +55,12 @@ def measure(model: str) -> dict[str, Any]:
     bursts: dict[int, list[Burst]] = {8: [], JOBS: []}
     offline: list[float] = []
     wrong = 0
-    with running(WORKER, env=env) as worker, bare(model, env) as library:
-        library.answer(asked[:4])
+    with running(WORKER, env=env) as worker, bare(WORKER, model, env) as library:
+        library.ask(asked[:4])
         burst(worker, asked[:4])
         for number in range(ROUNDS):
             print(f"  round {number + 1} of {ROUNDS}: {JOBS} pictures offline and as jobs", flush=True)
-            seconds, said = library.answer(asked)
+            seconds, said = library.ask(asked)
             offline.append(seconds)
             for count, found in bursts.items():
                 found.append(burst(worker, asked[:count]))

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.embeddings import bare, middle
-from benchmarks.harness import HERE, Burst, burst, machine, table, texts, write
+from benchmarks.embeddings import middle
+from benchmarks.harness import HERE, Burst, bare, burst, machine, table, texts, write
 from local import running
 from tools.models import made, minilm
 
@@ -44,23 +44,23 @@ def embed(values: Sequence[str]) -> dict[str, Any]:
     jobs = [{"texts": [value]} for value in values]
     with (
         running(WORKER, env=env) as worker,
-        bare(str(minilm()), env) as library,
-        bare(WORKER, env, script="jobs.py") as direct,
+        bare("encode", str(minilm()), env) as library,
+        bare("jobs", WORKER, env) as direct,
     ):
-        library.encode(values[:8])
-        direct.encode(jobs[:8])
+        library.ask(values[:8])
+        direct.ask(jobs[:8])
         burst(worker, jobs[:8])
         for number in range(ROUNDS):
             print(f"  round {number + 1} of {ROUNDS}: {JOBS} texts offline and as jobs", flush=True)
-            seconds, vectors = library.encode(values)
+            seconds, vectors = library.ask(values)
             offline.append(seconds)
-            handler.append(direct.encode(jobs)[0])
+            handler.append(direct.ask(jobs)[0])
             ours.append(burst(worker, jobs))
     got = np.array([job["embeddings"][0] for job in ours[-1].outputs], np.float32)
     print(f"  the naive handler, {NAIVE_JOBS} jobs", flush=True)
     with running(NAIVE, env=env) as worker:
         slow = burst(worker, jobs[:NAIVE_JOBS])
-    difference = float(np.abs(got - vectors).max())
+    difference = float(np.abs(got - np.array(vectors, np.float32)).max())
     return {"ours": ours, "offline": offline, "handler": handler, "naive": slow, "difference": difference}
 
 
@@ -73,19 +73,23 @@ def rerank(values: Sequence[str]) -> dict[str, Any]:
     pairs: Any = [[query, text] for query, documents in zip(queries, sets, strict=True) for text in documents]
     ours: list[Burst] = []
     offline: list[float] = []
-    with running(WORKER, env=env) as worker, bare(model, env, script="predict.py") as library:
-        library.encode(pairs[:8])
+    with running(WORKER, env=env) as worker, bare("predict", model, env) as library:
+        library.ask(pairs[:8])
         burst(worker, jobs[:8])
         for number in range(ROUNDS):
             print(f"  round {number + 1} of {ROUNDS}: {len(pairs)} pairs offline and as jobs", flush=True)
-            seconds, scores = library.encode(pairs)
+            seconds, scores = library.ask(pairs)
             offline.append(seconds)
             ours.append(burst(worker, jobs))
     got = [
         {result["index"]: result["relevance_score"] for result in job["results"]} for job in ours[-1].outputs
     ]
     flat = [row[index] for row in got for index in range(DOCUMENTS)]
-    return {"ours": ours, "offline": offline, "difference": float(np.abs(np.array(flat) - scores).max())}
+    return {
+        "ours": ours,
+        "offline": offline,
+        "difference": float(np.abs(np.array(flat) - np.array(scores)).max()),
+    }
 
 
 def report(

@@ -10,13 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-import os
 import statistics
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +18,7 @@ import numpy as np
 import soundfile
 
 from benchmarks.embeddings import middle
-from benchmarks.harness import HERE, Burst, burst, machine, table, write
+from benchmarks.harness import HERE, Burst, bare, burst, machine, table, write
 from local import running
 from tools import tiny_whisper
 from tools.models import made
@@ -84,35 +78,6 @@ def long_file(minutes: int) -> tuple[str, list[str]]:
     return encoded(samples, "OGG", "OPUS"), [SAID[0].text.strip()] * (minutes * 2)
 
 
-class Bare:
-    """A process with the model and no handler."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-
-    def ask(self, **wanted: Any) -> tuple[float, list[str]]:
-        """The seconds that it took, and what was said."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(wanted) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
-        return answer["seconds"], answer["said"]
-
-
-@contextmanager
-def bare(model: str, env: Mapping[str, str]) -> Iterator[Bare]:
-    with subprocess.Popen(
-        [sys.executable, str(HERE / "bare" / f"{WORKER}.py"), model],
-        env={**os.environ, **env},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        yield Bare(process)
-
-
 def measure() -> dict[str, Any]:
     model = str(made("benchmark-whisper", make_model))
     env = {"MODEL_NAME": model, "HF_HUB_OFFLINE": "1"}
@@ -126,20 +91,20 @@ def measure() -> dict[str, Any]:
     hours: dict[str, list[float]] = {name: [] for name in (*ENGINES, "sequential")}
     wrong = 0
     with (
-        bare(model, env) as library,
+        bare(WORKER, model, env) as library,
         running(WORKER, env={**env, "ENGINE": ENGINES[0]}) as first,
         running(WORKER, env={**env, "ENGINE": ENGINES[1]}) as second,
         running(NAIVE, env=env) as naive,
         running(NAIVE, env={**env, "BEAMS": "1"}) as greedy,
     ):
         workers = dict(zip(ENGINES, (first, second), strict=True))
-        library.ask(clips=[clip for clip, _ in sounds[:2]], batch=2)
+        library.ask({"clips": [clip for clip, _ in sounds[:2]], "batch": 2})
         for worker in (first, second, naive, greedy):
             burst(worker, jobs[:2])
         for number in range(ROUNDS):
             print(f"  round {number + 1} of {ROUNDS}: {JOBS} clips offline and as jobs", flush=True)
             for size in BATCHES:
-                seconds, said = library.ask(clips=[clip for clip, _ in sounds], batch=size)
+                seconds, said = library.ask({"clips": [clip for clip, _ in sounds], "batch": size})
                 offline[size].append(seconds)
                 wrong += sum(a != b for a, b in zip(said, expected, strict=True))
             for engine, worker in workers.items():
@@ -152,7 +117,7 @@ def measure() -> dict[str, Any]:
         )
         for number in range(LONG_ROUNDS):
             print(f"  {MINUTES} minutes, round {number + 1} of {LONG_ROUNDS}", flush=True)
-            seconds, said = library.ask(long=long)
+            seconds, said = library.ask({"long": long})
             hours["sequential"].append(seconds)
             wrong += said != [" ".join(says)]
             for engine, worker in workers.items():

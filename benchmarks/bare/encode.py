@@ -15,4 +15,4 @@ for line in sys.stdin:
     begin = time.perf_counter()
     vectors = model.encode(texts)
     seconds = time.perf_counter() - begin
-    print(json.dumps({"seconds": seconds, "vectors": vectors.tolist()}), flush=True)
+    print(json.dumps({"seconds": seconds, "answers": vectors.tolist()}), flush=True)

@@ -30,4 +30,4 @@ for line in sys.stdin:
     ]
     for text, prompt, image in zip(said, prompts, images, strict=True):
         processor.post_process_generation(text=text, task=prompt, image_size=image.size)
-    print(json.dumps({"seconds": time.perf_counter() - begin, "said": said}), flush=True)
+    print(json.dumps({"seconds": time.perf_counter() - begin, "answers": said}), flush=True)

@@ -30,4 +30,4 @@ for line in sys.stdin:
     answers = asyncio.run(serve(inputs))
     seconds = time.perf_counter() - begin
     vectors = [answer["embeddings"][0] for answer in answers]
-    print(json.dumps({"seconds": seconds, "vectors": vectors}), flush=True)
+    print(json.dumps({"seconds": seconds, "answers": vectors}), flush=True)

@@ -39,4 +39,4 @@ for line in sys.stdin:
     with torch.inference_mode():
         rows = model.generate(**inputs, max_new_tokens=most, do_sample=False)
     said = processor.batch_decode(rows[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    print(json.dumps({"seconds": time.perf_counter() - begin, "said": said}), flush=True)
+    print(json.dumps({"seconds": time.perf_counter() - begin, "answers": said}), flush=True)

@@ -15,4 +15,4 @@ for line in sys.stdin:
     begin = time.perf_counter()
     scores = model.predict(pairs)
     seconds = time.perf_counter() - begin
-    print(json.dumps({"seconds": seconds, "vectors": scores.tolist()}), flush=True)
+    print(json.dumps({"seconds": seconds, "answers": scores.tolist()}), flush=True)

@@ -44,4 +44,4 @@ for line in sys.stdin:
                 sounds = [read(clip) for clip in clips[start : start + size]]
                 features = processor(sounds, sampling_rate=16_000, return_tensors="pt").input_features
                 said += decode(model.generate(features, **OPTIONS))
-    print(json.dumps({"seconds": time.perf_counter() - begin, "said": said}), flush=True)
+    print(json.dumps({"seconds": time.perf_counter() - begin, "answers": said}), flush=True)
