@@ -35,7 +35,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 from shared.errors import JobError
-from shared.jobs import ENGINE_DIED, empty_cache, is_out_of_memory
+from shared.jobs import empty_cache, engine_stopped, is_out_of_memory
 from shared.logs import log
 
 if TYPE_CHECKING:
@@ -585,13 +585,7 @@ class Generator:
         try:
             self._run()
         except BaseException as error:
-            end = JobError(
-                f"The engine of this worker stopped ({type(error).__name__}). Send the job again: the worker "
-                "is being replaced.",
-                code=ENGINE_DIED,
-                type="server_error",
-            )
-            log.critical("the engine stopped", exc_info=error)
+            end = engine_stopped(error)
         # Who comes later finds _dead: it is set before the queue is read for the last time.
         self._dead = end
         rows = [*(self._live.rows if self._live else ()), *self._taken, *self._waiting]

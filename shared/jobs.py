@@ -260,7 +260,18 @@ def _upload(text: str, job: Job) -> str:
     return url
 
 
-# ---- out of memory -------------------------------------------------------------------------------------
+# ---- engines that fail ---------------------------------------------------------------------------------
+
+
+def engine_stopped(error: BaseException) -> JobError:
+    """What the jobs of an engine thread are told that `error` has ended; it is logged with its traceback."""
+    log.critical("the engine stopped", exc_info=error)
+    return JobError(
+        f"The engine of this worker stopped ({type(error).__name__}). Send the job again: the worker is "
+        "being replaced.",
+        code=ENGINE_DIED,
+        type="server_error",
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -47,11 +47,11 @@ from shared.errors import JobError, StartError
 from shared.generation import Batch, Chance, Sampling, choose, roomy_cache
 from shared.hardware import pick_device
 from shared.jobs import (
-    ENGINE_DIED,
     Request,
     check_size,
     current_job,
     empty_cache,
+    engine_stopped,
     is_out_of_memory,
     job_handler,
     start_config,
@@ -467,13 +467,7 @@ class Speaker:
         try:
             self._run()
         except BaseException as error:
-            end = JobError(
-                f"The engine of this worker stopped ({type(error).__name__}). Send the job again: the worker "
-                "is being replaced.",
-                code=ENGINE_DIED,
-                type="server_error",
-            )
-            log.critical("the engine stopped", exc_info=error)
+            end = engine_stopped(error)
         # Who comes later finds _dead: it is set before the queue is read for the last time.
         self._dead = end
         rows = [*(self._live.rows if self._live else ()), *self._taken, *self._waiting]
