@@ -50,7 +50,12 @@ _LOGGED = (
         "Use a larger GPU or more of them, a smaller or quantized model, or a shorter context.",
     ),
     (
-        r"No space left on device|Disk quota exceeded|Insufficient space in /dev/shm",
+        r"Insufficient space in /dev/shm",
+        "no_shared_memory",
+        "Give the container more shared memory (docker run --shm-size 2g), or the model one GPU alone.",
+    ),
+    (
+        r"No space left on device|Disk quota exceeded",
         "no_space",
         "Give the endpoint a larger container disk.",
     ),

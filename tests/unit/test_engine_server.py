@@ -280,6 +280,7 @@ def test_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("pydantic_core.ValidationError: Value error, Model architectures ['X'] are not supported for now.",
          "unsupported_architecture"),
         ("OSError: [Errno 28] No space left on device", "no_space"),
+        ("RuntimeError: Insufficient space in /dev/shm: 64.0 MiB free", "no_shared_memory"),
         ("vllm: error: argument --dtype: invalid choice: 'int3'", "bad_setting"),
         ('Error: ArgumentValidation("`max_input_tokens`(9) must be < `max_total_tokens`(9)")', "bad_setting"),
         ("error: unexpected argument '--max-model-len' found", "bad_setting"),
