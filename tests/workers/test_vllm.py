@@ -448,6 +448,13 @@ class Client:
     def log(self) -> str:
         return "\n".join(line for process in self.platform.workers for line in process.lines)
 
+    def told(self, order: str) -> int:
+        """How many jobs with this order have reached the living workers' engines.
+
+        A job is IN_PROGRESS before: when it is on its way to its worker, which may end meanwhile.
+        """
+        return self.log().count(f"told to {order}")
+
     def engine(self) -> int:
         """The process id of the running worker's engine."""
         pids = [int(pid) for pid in re.findall(r"vllm: process (\d+)", self.log())]
@@ -492,8 +499,7 @@ def test_a_dead_engine_ends_its_jobs_and_its_worker_is_replaced(supervised: Clie
     waiting = []
     if way != "between jobs":
         waiting = [supervised.run(prompt="wait 600", stream=way == "a stream") for _ in range(3)]
-        for job in waiting:
-            supervised.wait(job, "IN_PROGRESS")
+        until(lambda: supervised.told("wait 600") == 3)
     began = time.monotonic()
     if way == "hung":
         supervised.run(prompt="hang")
@@ -560,7 +566,7 @@ def test_told_to_stop_it_ends_its_jobs_first_and_then_the_engine() -> None:
         child = client.engine()
         assert len(reaper.members(child)) == 2
         job = client.run(prompt="wait 3")
-        client.wait(job, "IN_PROGRESS")
+        until(lambda: client.told("wait 3") == 1)
         process = platform.workers[0]
         platform.call(_soon(process.terminate))
         assert client.wait(job)["status"] == "COMPLETED"

@@ -1,7 +1,7 @@
 """As much of `vllm serve` as the failures of workers/vllm need, in a second instead of a minute.
 
-Prompts are orders: `wait SECONDS`, `die`, `hang`, anything else is answered. Environment: FAKE_SAYS is
-written before an exit with status 1, FAKE_SAYS_ONCE (FILE:TEXT) only where FILE is not there yet.
+Prompts are orders: `wait SECONDS`, `die`, `hang`, anything else is answered; each is printed. Environment:
+FAKE_SAYS is written before an exit with status 1, FAKE_SAYS_ONCE (FILE:TEXT) only where FILE is missing.
 Its processes are the server and one that would hold a GPU.
 """
 
@@ -26,6 +26,7 @@ options, rest = parser.parse_known_args()
 
 
 async def obey(prompt: str) -> None:
+    print(f"told to {prompt}", flush=True)
     order, _, value = prompt.partition(" ")
     if order == "wait":
         await asyncio.sleep(float(value))
