@@ -65,7 +65,7 @@ clean: ## Remove the environments and every cache
 	@rm -rf $(VENV) .venv-vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-##@ Images (need Docker with buildx 0.13 or newer)
+##@ Images (need Docker with buildx 0.13 or newer; push also needs its containerd image store)
 build: ## Build every image into the local engine
 	@$(BAKE) --load $(ARGS)
 push: ## Build every image and push it, with provenance and SBOM
@@ -90,7 +90,7 @@ help: ## This list
 	                   sub(/.*## /, ""); printf "  make %-17s %s\n", name, $$0 }' $(MAKEFILE_LIST)
 	@printf '\nWhere <worker> is one of: $(WORKERS)\n'
 	@printf '\nVariables, as in make test PYTHON=python3.12\n'
-	@printf '  %-15s %s\n' \
+	@printf '  %-17s %s\n' \
 	  PYTHON 'the Python that makes .venv, 3.11 or newer (here: $(PYTHON))' \
 	  TORCH_INDEX 'where torch comes from, if not from PyPI; the small build without CUDA is at' \
 	  '' 'https://download.pytorch.org/whl/cpu' \
@@ -99,11 +99,14 @@ help: ## This list
 	  TAG 'of the images: dev, or a release such as 1.4.2 (dev)' \
 	  PLATFORM 'of the images (linux/amd64)' \
 	  CACHE 'registry: keep a build cache beside each pushed image (none)' \
-	  MODEL_NAME 'a model to bake into the image, with MODEL_REVISION (none)' \
+	  MODEL_NAME 'in builds a model to bake into the image, with MODEL_REVISION (none);' \
+	  '' "in run- and serve-<worker> the model, in place of the project's own" \
 	  HF_TOKEN 'for a gated model that is baked in; from the environment only' \
 	  HF_ENDPOINT 'the hub that it is taken from (https://huggingface.co)' \
 	  BASE_IMAGE 'a base in place of the one in docker-bake.hcl, such as a mirror of it' \
 	  SOURCE 'the address of the source code that the images name' \
+	  REVISION 'the commit that the images name (the one checked out)' \
+	  SOURCE_DATE_EPOCH 'the time of every file in a layer, a constant' \
 	  NETWORK 'host: builds use the network of this machine' \
 	  IMAGE '1: make run-<worker> and serve-<worker> run the image, not the file' \
 	  IMAGES 'the workers whose images make test-images tests (all)' \

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-FAMILIES = ("llama", "qwen2", "gpt2", "gemma", "gemma3")
+FAMILIES = ("llama", "qwen2", "gpt2", "gemma", "gemma3", "opt")
 
 # The form of Qwen2.5's, tools and all; `shout` is a variable of its own.
 CHAT_TEMPLATE = (
@@ -76,6 +76,13 @@ def _model(family: str, tokenizer: Any, hidden: int, layers: int, vocabulary: in
             initializer_range=0.3, **ends,
         )  # fmt: skip
         return hf.GPT2LMHeadModel(config)
+    if family == "opt":  # its layers see a batch as one long row of tokens
+        config = hf.OPTConfig(
+            vocab_size=vocabulary, hidden_size=hidden, word_embed_proj_dim=hidden, num_hidden_layers=layers,
+            ffn_dim=3 * hidden, num_attention_heads=heads, max_position_embeddings=length, init_std=0.3,
+            **{**ends, "pad_token_id": tokenizer.eos_token_id},
+        )  # fmt: skip
+        return hf.OPTForCausalLM(config)
     common: dict[str, Any] = {
         "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": 3 * hidden,
         "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads // 2,

@@ -281,12 +281,6 @@ def test_readmes_say_what_the_code_says() -> None:
     assert docs.stale() == [], "run make docs"
 
 
-def test_planned_workers_are_not_there_yet() -> None:
-    line = re.search(r"^Planned: (.*)$", read("README.md"), re.MULTILINE)
-    planned = set(re.findall(r"[a-z0-9-]+", line[1])) if line else set()
-    assert not planned & set(worker_names())
-
-
 # ---- the image -----------------------------------------------------------------------------------------
 
 

@@ -185,7 +185,10 @@ async def test_models_that_answer_in_groups_have_adapters_too(
 
 
 @engine
-@pytest.mark.parametrize(("family", "targets"), [("gpt2", ["c_attn"]), ("llama", ["embed_tokens", "q_proj"])])
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [("gpt2", ["c_attn"]), ("llama", ["embed_tokens", "q_proj"]), ("opt", ["fc1", "fc2", "q_proj"])],
+)
 async def test_layers_of_other_kinds_have_adapters_too(tmp_path: Path, family: str, targets: Any) -> None:
     base = tiny_causal.make(tmp_path / "base", family)
     adapter = make_adapter(base, tmp_path / "adapter", 1, target_modules=targets)

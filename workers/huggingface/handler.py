@@ -527,6 +527,18 @@ def mix_adapters(model: Any, inside: Mapping[str, str]) -> Callable[[list[str | 
     names: list[str] = []  # of each row
     groups: list[tuple[str, torch.Tensor | None]] = []  # each adapter's rows; None: all
 
+    def per_row(length: int) -> int:
+        """How many of the `length` lines that a layer sees are one row's: OPT's see a line for each token."""
+        each, rest = divmod(length, len(names))
+        if rest:
+            raise RuntimeError("A layer of this model does not see whole rows: its adapters cannot be mixed.")
+        return each
+
+    def lines(rows: torch.Tensor, each: int) -> torch.Tensor:
+        if each == 1:
+            return rows
+        return (rows[:, None] * each + torch.arange(each, device=rows.device)).flatten()
+
     def add_plain(layer: Any) -> Callable[..., torch.Tensor]:
         weights = {
             name: (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
@@ -539,7 +551,7 @@ def mix_adapters(model: Any, inside: Mapping[str, str]) -> Callable[[list[str | 
                 if name not in weights:
                     continue
                 down, up, scaling = weights[name]
-                here = None if rows is None else rows.to(x.device)
+                here = None if rows is None else lines(rows.to(x.device), per_row(len(x)))
                 mine = x if here is None else x[here]
                 change = (linear(linear(mine.to(down.dtype), down), up) * scaling).to(result.dtype)
                 result = result + change if here is None else result.index_add(0, here, change)
@@ -548,9 +560,10 @@ def mix_adapters(model: Any, inside: Mapping[str, str]) -> Callable[[list[str | 
         return forward
 
     def give_names(module: Any, args: Any, more: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        known = names
+        each = per_row(len(args[0])) if args and names else 1
+        known = [name for name in names for _ in range(each)]
         if isinstance(module, ModulesToSaveWrapper):  # which, unlike the others, fails at what it has not
-            known = [name if name in module.modules_to_save else "__base__" for name in names]
+            known = [name if name in module.modules_to_save else "__base__" for name in known]
         return args, {**more, "adapter_names": known}
 
     layers: tuple[type[Any], ...] = (LoraLayer, ModulesToSaveWrapper)
@@ -648,7 +661,8 @@ def load(settings: Settings) -> Engine:
             )
         quantized = quantization(settings, config, dtype)
         # What is quantised cannot be moved later.
-        device_map: Any = settings.device_map or ({"": str(device)} if quantized else None)
+        made = quantized or getattr(config, "quantization_config", None)
+        device_map: Any = settings.device_map or ({"": str(device)} if made else None)
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 found.path, config=config, dtype=dtype, device_map=device_map,
