@@ -97,8 +97,9 @@ class Batcher(Generic[Item, Result]):
             raise ValueError("budget, max_items, window and lanes must be at least 1")
         self._run, self._length, self._key = run, length, key
         self._budget, self._window = budget, window * budget
-        self._lanes = lanes
-        self._threads = ThreadPoolExecutor(lanes, thread_name_prefix=name)
+        # A thread each, the first free one first: one that rests has lost what it needs at hand.
+        self._lanes = [ThreadPoolExecutor(1, thread_name_prefix=f"{name}-{lane}") for lane in range(lanes)]
+        self._free = list(range(lanes))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: list[_Entry] = []
         self._halves: list[list[_Entry]] = []
@@ -124,7 +125,7 @@ class Batcher(Generic[Item, Result]):
             job.rest.append(_Entry(job, index, item, self._key(item), length, max(length, share)))
         job.rest.sort(key=lambda entry: (entry.length, -entry.index))
         self._feed(job)
-        if self.running < self._lanes and not self._due:
+        if self._free and not self._due:
             self._due = True
             loop.call_soon(self._next)
         results: list[Result] = await job.done
@@ -133,7 +134,8 @@ class Batcher(Generic[Item, Result]):
     def close(self) -> None:
         """Fail what waits and let the threads end; items that run are still answered."""
         self._closed = True
-        self._threads.shutdown(wait=False)
+        for lane in self._lanes:
+            lane.shutdown(wait=False)
         self._drop()
 
     def _bind(self) -> asyncio.AbstractEventLoop:
@@ -144,7 +146,7 @@ class Batcher(Generic[Item, Result]):
             if (self.running or self._due) and self._loop and not self._loop.is_closed():
                 raise RuntimeError("the batcher is in use on another event loop")
             self._loop, self._waiting, self._halves = loop, [], []
-            self.running, self._due = 0, False
+            self.running, self._due, self._free = 0, False, list(range(len(self._lanes)))
         return loop
 
     def _feed(self, job: _Job) -> None:
@@ -165,9 +167,11 @@ class Batcher(Generic[Item, Result]):
         self._due = False
         if self._closed:
             return self._drop()
-        while self.running < self._lanes and (batch := self._again() or self._form()):
+        while self._free and (batch := self._again() or self._form()):
             self.running += 1
-            self._threads.submit(self._work, batch)
+            lane = min(self._free)
+            self._free.remove(lane)
+            self._lanes[lane].submit(self._work, batch, lane)
 
     def _again(self) -> list[_Entry]:
         """Take the next half of a batch that has failed; empty if none is left."""
@@ -190,7 +194,7 @@ class Batcher(Generic[Item, Result]):
         self._formed += 1
         return batch
 
-    def _work(self, batch: list[_Entry]) -> None:
+    def _work(self, batch: list[_Entry], lane: int) -> None:
         """On an engine thread. Every way out reports to the loop: no job may wait for ever."""
         outcome: list[Result] | BaseException
         try:
@@ -202,11 +206,12 @@ class Batcher(Generic[Item, Result]):
                 with contextlib.suppress(Exception):
                     torch.cuda.empty_cache()
         with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits
-            batch[0].job.done.get_loop().call_soon_threadsafe(self._settle, batch, outcome)
+            batch[0].job.done.get_loop().call_soon_threadsafe(self._settle, batch, lane, outcome)
 
-    def _settle(self, batch: list[_Entry], outcome: list[Result] | BaseException) -> None:
+    def _settle(self, batch: list[_Entry], lane: int, outcome: list[Result] | BaseException) -> None:
         """Answer what has run, or split what has failed, and go on."""
         self.running -= 1
+        self._free.append(lane)
         if isinstance(outcome, Exception) and len(batch) > 1:
             half = len(batch) // 2
             self._halves += [batch[half:], batch[:half]]

@@ -11,9 +11,10 @@ import sys
 from typing import Any
 
 sys.path.append(os.environ["SDK_PACKAGES"])
+sys.modules["torchcodec"] = None  # type: ignore[assignment]  # beside the SDK; does not load with this torch
 
-import runpod
-from vllm import LLM, SamplingParams
+import runpod  # noqa: E402
+from vllm import LLM, SamplingParams  # noqa: E402
 
 NAME = os.environ["MODEL_NAME"]
 
