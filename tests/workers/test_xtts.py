@@ -410,6 +410,41 @@ async def test_out_of_memory_means_fewer_at_a_time(
 
 
 @engine
+async def test_an_error_of_the_gpu_reaches_all_who_wait(
+    worker: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After it CUDA does nothing more in the process: the engine ends, and nobody waits for ever."""
+    from dataclasses import replace
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    model = worker.engine.speaker.model
+    async with asyncio.timeout(120):
+        speaker = worker.Speaker(model, max_rows=2)
+        monkeypatch.setattr(speaker, "_step", broken)
+        monkeypatch.setattr(worker, "engine", replace(worker.engine, speaker=speaker))
+        results = await asyncio.gather(
+            *(speak(worker, f"number {n}", seed=n) for n in range(4)), return_exceptions=True
+        )
+        assert [getattr(result, "code", result) for result in results] == [jobs.ENGINE_DIED] * 4
+
+        speaker = worker.Speaker(model)
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            await speaker.call(broken)
+        with pytest.raises(JobError) as caught:
+            await speaker.call(lambda: None)
+        assert caught.value.code == jobs.ENGINE_DIED
+
+
+@engine
+async def test_a_piece_that_has_been_spoken_keeps_no_tensors(worker: ModuleType) -> None:
+    row, _ = await speak(worker, "hello")
+    assert len(row.tokens) > 1
+    assert await worker.engine.speaker.call(lambda: (row.states, row.seen)) == ([], None)
+
+
+@engine
 async def test_numbers_that_are_none(worker: ModuleType) -> None:
     from dataclasses import replace
 
@@ -796,6 +831,11 @@ async def test_an_answer_too_large_is_stopped_early(
         assert problem["code"] == "result_too_large"
         assert "mp3 or opus" in problem["message"]
     assert (await say(worker, text, response_format="opus", seed=1))["duration"] > 1
+    monkeypatch.setattr(jobs, "_max_result_bytes", 1_000)
+    for kind in ("mp3", "opus"):
+        problem = await error(worker, text=text, response_format=kind, seed=1)
+        assert problem["code"] == "result_too_large"
+        assert "mp3" not in problem["message"], "it is as small as it gets"
 
 
 @engine

@@ -548,10 +548,11 @@ class Speaker:
             problem = error
         if problem is None:
             return
+        no_memory = _check_memory(problem)  # may raise: _work finds the rows in _live
         # Some layers of the cache are a token further than the others: who goes on begins anew.
         self._live = None
         rows = [row for row in batch.rows if not row.over]
-        if _check_memory(problem) and len(batch.rows) > 1:
+        if no_memory and len(batch.rows) > 1:
             self._shrink(len(batch.rows) // 2)
             for row in reversed(rows):
                 row.restart()
@@ -639,6 +640,8 @@ class Speaker:
             except Exception as error:
                 _check_memory(error)
                 row.tell(error)
+        if row.over:  # its job keeps it until the last piece has been spoken
+            row.states, row.seen = [], None
 
     def _sound(self, row: Row, *, last: bool) -> NDArray[np.float32]:
         """The samples that have become certain since the last ones: all that will be there when it is over.
@@ -680,8 +683,8 @@ def _carry_out(work: Callable[[], Any], future: Future[Any]) -> None:
     try:
         future.set_result(work())
     except Exception as error:
-        _check_memory(error)
         future.set_exception(error)
+        _check_memory(error)
 
 
 def _check_memory(error: Exception) -> bool:
@@ -1106,7 +1109,8 @@ async def answer(request: Asked, engine: Engine) -> Answer:
             speech.check_size(count)
     run = asyncio.get_running_loop().run_in_executor
     audio, duration = await run(engine.coders, speech.encode, parts)
-    check_size(len(audio), current_job.get(), SMALLER)
+    small = request.response_format in ("mp3", "opus")
+    check_size(len(audio), current_job.get(), "" if small else SMALLER)
     return speech.response(audio, duration)
 
 
