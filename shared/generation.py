@@ -35,7 +35,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 from shared.errors import JobError
-from shared.jobs import empty_cache, engine_stopped, is_out_of_memory
+from shared.jobs import empty_cache, engine_stopped, is_cuda_broken, is_out_of_memory
 from shared.logs import log
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def _not_finite() -> JobError:
 
 def _check_device(error: Exception) -> None:
     """Raise `error` if it is one after which a GPU does nothing more in this process."""
-    if "CUDA error" in str(error) and not is_out_of_memory(error):
+    if is_cuda_broken(error):
         raise error
 
 

@@ -279,7 +279,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    marks = ("DefaultCPUAllocator: can't allocate memory", "CUDA failed with error out of memory")
+    return isinstance(error, MemoryError) or any(mark in str(error) for mark in marks)
+
+
+def is_cuda_broken(error: BaseException) -> bool:
+    """Whether `error`, torch's or CTranslate2's, is one of CUDA after which every other call fails too."""
+    marks = ("CUDA error", "CUDA failed with error")
+    return any(mark in str(error) for mark in marks) and not is_out_of_memory(error)
 
 
 def empty_cache() -> None:
@@ -401,6 +408,8 @@ def _explain_failure(error: Exception) -> tuple[JobError, bool]:
             type="server_error",
         )
         return problem, _memory.failures >= 2
+    if is_cuda_broken(error):
+        return engine_stopped(error), True
     log.exception("job failed")
     problem = JobError(
         f"The worker failed on this job ({type(error).__name__}). Its log has the details under the job id.",

@@ -206,6 +206,26 @@ async def test_two_out_of_memory_errors_in_a_row_ask_for_a_fresh_worker() -> Non
     assert json.loads(result["error"])["code"] == "out_of_memory"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: device-side assert triggered",
+        "CUDA failed with error an illegal memory access was encountered",
+    ],
+)
+async def test_after_an_error_of_cuda_the_worker_asks_to_be_replaced_at_once(text: str) -> None:
+    result = await returning(RuntimeError(text))(JOB)
+    assert result["refresh_worker"] is True
+    assert json.loads(result["error"])["code"] == jobs.ENGINE_DIED
+
+
+async def test_ctranslate2s_want_of_memory_is_one() -> None:
+    broken = returning(RuntimeError("CUDA failed with error out of memory"))
+    results = [await broken(JOB) for _ in range(2)]
+    assert [result.get("refresh_worker") for result in results] == [None, True]
+    assert {json.loads(result["error"])["code"] for result in results} == {"out_of_memory"}
+
+
 def streaming(*parts: Any) -> Any:
     @job_handler(Ask)
     async def handler(request: Ask) -> AsyncIterator[Any]:
