@@ -314,6 +314,16 @@ def test_what_soundfile_cannot_read_ffmpeg_does(kind, ffmpeg, tmp_path):
 
 
 @needs_ffmpeg
+@pytest.mark.parametrize("layout", ["", "-ac 2"])
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_two_channels_are_as_loud_as_soundfile_makes_them(layout, rate, ffmpeg, tmp_path):
+    lossless = "-c:a flac -sample_fmt s16"
+    ours = load_audio(recording(tmp_path, f"{layout} {lossless} -f matroska"), rate=rate)
+    theirs = load_audio(recording(tmp_path, f"{layout} {lossless} -f flac"), rate=rate)
+    check_tone(ours, rate, peak=np.abs(theirs).max())
+
+
+@needs_ffmpeg
 @pytest.mark.parametrize("kind", RECORDINGS)
 def test_too_long_is_noticed_while_ffmpeg_decodes(kind, ffmpeg, tmp_path, monkeypatch):
     """The decoder itself stops soon behind the limit: the rest is never in memory."""
