@@ -86,6 +86,8 @@ async def error(*audio: Any, **payload: Any) -> dict[str, Any]:
         ({"audio": AUDIO, "clip_start": -1}, "clip_start", "invalid_value"),
         ({"audio": AUDIO, "clip_start": 5, "clip_end": 5}, "clip_end", "invalid_value"),
         ({"audio": AUDIO, "clip_end": 0}, "clip_end", "invalid_value"),
+        ({"audio": AUDIO, "clip_start": 1e308}, "clip_start", "invalid_value"),
+        ({"audio": AUDIO, "clip_end": 1e308}, "clip_end", "invalid_value"),
         ({"audio": AUDIO, "langauge": "fr"}, "langauge", "unknown_field"),
     ],
 )
@@ -100,6 +102,19 @@ async def test_a_wrong_field_is_named(payload: dict[str, Any], param: str, code:
 def test_no_language_is_to_be_detected(empty: str | None) -> None:
     request = validate(worker.WhisperRequest, {"audio": AUDIO, "language": empty})
     assert request.language is None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("sent", "taken"),
+    [(None, ["segment"]), ([], ["segment"]), ("word", ["word"]), (["segment", "word"], ["segment", "word"])],
+)
+def test_granularities_come_as_clients_write_them(sent: Any, taken: list[str]) -> None:
+    payload = {"file": AUDIO, "response_format": "verbose_json", "timestamp_granularities": sent}
+    assert worker.TranscriptionRequest.model_validate(payload).timestamp_granularities == taken
+
+
+def test_no_timestamps_may_be_null() -> None:
+    assert worker.WhisperRequest(audio=AUDIO, timestamps=None).timestamps is False
 
 
 # ---- no model: formats ---------------------------------------------------------------------------------
@@ -608,6 +623,48 @@ async def test_a_model_that_never_gets_on_does_not_hold_the_job(
 
 
 @engine_test
+async def test_a_short_first_part_does_not_end_the_window(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first part ends before a second has passed; of the next the window does not hold the end."""
+    times, (yes, more) = loaded.words.first_time, (72, 73)
+    answers = [[times, yes, times + 40, times + 40, more, more], [times, more, times + 300]]
+    seen: list[float] = []
+
+    def run(windows: list[Any]) -> list[Any]:
+        seen.append(windows[0].seconds)
+        return [worker.Heard(answers[len(seen) - 1], "en", 0.9, 0.0, 0.0)]
+
+    monkeypatch.setattr(loaded._batcher, "_run", run)
+    answer = await send(sound(HELLO.hertz, 10))
+    assert seen == pytest.approx([10, 9.2])
+    assert [(part["start"], part["end"]) for part in answer["segments"]] == [(0, 0.8), (0.8, 6.8)]
+
+
+@engine_test
+async def test_what_begins_just_before_the_end_is_not_lost(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = loaded.words.first_time
+    heard = worker.Heard([times, 72, times + 480, times + 480, 73], "en", 0.9, 0.0, 0.0)
+    monkeypatch.setattr(loaded._batcher, "_run", lambda windows: [heard])
+    answer = await send(sound(HELLO.hertz, 10))
+    assert [(part["start"], part["end"]) for part in answer["segments"]] == [(0, 9.6), (9.6, 10)]
+
+
+@engine_test
+async def test_a_model_that_hardly_gets_on_is_heard_a_bounded_number_of_times(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times, seen = loaded.words.first_time, []
+    heard = worker.Heard([times, 72, times + 1, times + 1, 73], "en", 0.9, 0.0, 0.0)
+    monkeypatch.setattr(loaded._batcher, "_run", lambda windows: seen.append(1) or [heard])
+    answer = await send(sound(HELLO.hertz, 10))
+    assert len(seen) == worker.MAX_TRIES
+    assert answer["segments"][-1]["end"] == 10
+
+
+@engine_test
 async def test_clips(loaded: Any) -> None:
     samples = np.concatenate(
         [sound(HELLO.hertz), silence(2), sound(CECI.hertz), silence(2), sound(REVOIR.hertz)]
@@ -655,6 +712,8 @@ async def test_every_response_format(loaded: Any) -> None:
     assert set(verbose) == {"task", "language", "duration", "text", "segments", "words", "usage"}
     assert read.segments is not None
     assert read.segments[0].model_dump() == verbose["segments"][0]
+    translated = await send(samples, response_format="verbose_json", task="translate")
+    assert (translated["language"], translated["text"]) == ("english", CECI.english.strip())
 
 
 @engine_test
@@ -881,6 +940,37 @@ def test_both_engines_say_the_same(monkeypatch: pytest.MonkeyPatch, cache: Path)
 
 
 @engine_test
+@pytest.mark.parametrize(("prompt", "most"), [(None, 224), ("hello, you " * 90, 221)])
+def test_both_engines_say_as_much_as_the_model_has_room_for(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, prompt: str | None, most: int
+) -> None:
+    """Of a model that may not end: half of its 448 places, or what a long prompt leaves."""
+    model = made("whisper", tiny.make)
+    ours = load("transformers", model, monkeypatch, cache)
+    other = load("faster-whisper", model, monkeypatch, cache)
+    ours.engine.model.generation_config.suppress_tokens += [ours.words.end]
+    other.engine.suppress += [other.words.end]
+    fields = {"prompt": ours.words.prompt(prompt), "align": False}
+    (a,) = ours.engine.decode([window(ours, sound(HELLO.hertz), **fields)])
+    (b,) = other.engine.decode([window(other, sound(HELLO.hertz), **fields)])
+    assert len(a.tokens) == most
+    assert len(b.tokens) in (most, most + 1), "CTranslate2 makes one token more after a long prompt"
+
+
+@engine_test
+def test_heads_are_aligned_one_by_one(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """Where nobody has said which follow the sound, a large model has 320."""
+    ours = load("transformers", made("whisper", tiny.make), monkeypatch, cache)
+    shapes, real = [], worker.median
+    monkeypatch.setattr(worker, "median", lambda values: shapes.append(values.shape) or real(values))
+    (heard,) = ours.engine.decode([window(ours, sound(HELLO.hertz))])
+    text = [token for token in heard.tokens if token < ours.words.end]
+    assert len(ours.engine.heads) == 4
+    # A token each for the start, the language, the task, no times, and the end.
+    assert shapes == [(len(text) + 5, 150)] * 4
+
+
+@engine_test
 @pytest.mark.parametrize("beams", [1, 3])
 def test_alone_is_what_the_library_says(monkeypatch: pytest.MonkeyPatch, cache: Path, beams: int) -> None:
     """transformers' generate() as its documentation uses it."""
@@ -955,6 +1045,19 @@ async def test_128_mel_bins_and_a_shallower_decoder(
 
 
 @engine_test
+@pytest.mark.parametrize("multilingual", [True, False])
+def test_a_fine_tune_that_does_not_say_whether_it_is_multilingual(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path, multilingual: bool
+) -> None:
+    """The size of the vocabulary tells."""
+    size = 51_865 if multilingual else 0
+    tiny.make(tmp_path, width=16, heads=2, vocabulary=size, taught=False, multilingual=multilingual)
+    (tmp_path / "generation_config.json").unlink()
+    listener = load("transformers", tmp_path, monkeypatch, cache)
+    assert bool(listener.words.languages) == multilingual
+
+
+@engine_test
 def test_a_model_is_converted_once_and_its_result_is_loaded_as_it_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -976,6 +1079,11 @@ def test_a_model_is_converted_once_and_its_result_is_loaded_as_it_is(
     assert not list((tmp_path / "ctranslate2").glob("*/tmp*")), "nothing is left behind"
     listener = load("faster-whisper", folder, monkeypatch, tmp_path)
     assert len(runs) == 2
+    # Beside a whole model the converted one needs no tokenizer, and none is fetched.
+    monkeypatch.setattr("faster_whisper.WhisperModel", None)
+    (folder / "tokenizer.json").rename(folder / "other.json")
+    load("faster-whisper", model, monkeypatch, tmp_path)
+    (folder / "other.json").rename(folder / "tokenizer.json")
     (heard,) = listener.engine.decode([window(listener, sound(CECI.hertz), language=None)])
     assert (heard.language, listener.words.decode(heard.tokens)) == ("fr", CECI.text)
     with pytest.raises(StartError, match="ENGINE=faster-whisper") as caught:
@@ -1096,6 +1204,7 @@ def test_the_official_client_reads_the_answers(client: OpenAI) -> None:
     assert len(only.words) == 5
     english = ask("translations", TranslationVerbose, response_format="verbose_json")
     assert (english.text, english.segments[0].text) == (CECI.english.strip(), CECI.english)
+    assert english.language == "english"
     assert client.models.list().data[0].id == "tiny/whisper"
 
 

@@ -64,6 +64,7 @@ MEDIAN_FRAMES = 7
 # Windows in one batch. On a GPU more of them cost little more; two CPU cores are busy with a few.
 GPU_BATCH, CPU_BATCH = 32, 8
 PROGRESS_S, PROGRESS_GRACE_S = 5.0, 2.0
+MAX_TRIES = 30  # at one piece, whose answers may each leave out their end
 INAUDIBLE = 1e-4  # of full scale: less than the last bit of 16
 
 # ---- settings ------------------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ Task = Literal["transcribe", "translate"]
 
 class WhisperRequest(Request):
     audio: str = Field(description="The sound: base64, a `data:` URI or an http(s) URL")
-    timestamps: bool | Literal["word"] = Field(
+    timestamps: Annotated[bool | Literal["word"], BeforeValidator(lambda value: value or False)] = Field(
         False, description="Give `chunks`: true, one for each segment; `word`, one for each word"
     )
     language: str | None = Field(
@@ -122,8 +123,10 @@ class WhisperRequest(Request):
     )
     beam_size: int = Field(1, ge=1, le=16, description="Width of the beam search; 1 is fastest")
     vad: bool = Field(True, description="Leave out what is no speech; false: hear everything, such as songs")
-    clip_start: float = Field(0.0, ge=0, description="Begin at this second of the audio")
-    clip_end: float | None = Field(None, gt=0, description="End at this second; unset: at the audio's end")
+    clip_start: float = Field(0.0, ge=0, le=86_400, description="Begin at this second of the audio")
+    clip_end: float | None = Field(
+        None, gt=0, le=86_400, description="End at this second; unset: at the audio's end"
+    )
 
     @field_validator("language", mode="before")
     @classmethod
@@ -184,6 +187,11 @@ class WhisperResponse(BaseModel):
 Granularities = list[Literal["segment", "word"]]
 
 
+def _granularities(value: Any) -> Any:
+    """One may come as a text; none, as clients also write it, is the default."""
+    return [value] if value and isinstance(value, str) else value or ["segment"]
+
+
 class TranslationRequest(OpenAIRequest):
     file: str = Field(description="The sound: base64, a `data:` URI or an http(s) URL")
     model: str | None = Field(None, description="The served model's name")
@@ -204,7 +212,7 @@ class TranslationRequest(OpenAIRequest):
 
 class TranscriptionRequest(TranslationRequest):
     language: str | None = Field(None, description="Spoken language; unset: detected")
-    timestamp_granularities: Granularities = Field(
+    timestamp_granularities: Annotated[Granularities, BeforeValidator(_granularities)] = Field(
         default=["segment"], max_length=2, description="Only with verbose_json"
     )
 
@@ -670,17 +678,16 @@ class TransformersEngine:
         for place, row in enumerate(chosen):
             frames = max(1, round(windows[row].seconds * FRAMES_PER_S))
             first = len(before[place])
-            looks = []
-            for layer, head in self.heads:
+            total = torch.zeros(len(rows[place]), frames, device=states.device)
+            for layer, head in self.heads:  # one by one: all of a large model's take gigabytes
                 attention = layers[layer].encoder_attn
                 part = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
                 asked = attention.q_proj(seen[layer][place])[:, part] * attention.scaling
                 offered = attention.k_proj(states[row, :frames])[:, part]
-                looks.append((asked @ offered.T).float().softmax(-1)[: len(rows[place])])
-            weights = torch.stack(looks)
-            spread, mean = torch.std_mean(weights, dim=1, keepdim=True, unbiased=False)
-            weights = median((weights - mean) / spread.clamp(min=1e-9))
-            cost = -weights.mean(0)[first : len(rows[place]) - 1].cpu().numpy()
+                weights = (asked @ offered.T).float().softmax(-1)[: len(rows[place])]
+                spread, mean = torch.std_mean(weights, dim=0, keepdim=True, unbiased=False)
+                total += median((weights - mean) / spread.clamp(min=1e-9))
+            cost = -(total / len(self.heads))[first : len(rows[place]) - 1].cpu().numpy()
             found[row] = partial(_warped, cost)
         return found
 
@@ -728,14 +735,14 @@ class CTranslateEngine:
         heads = [
             self.words.head(code, window.task) for window, (code, _) in zip(windows, languages, strict=True)
         ]
-        beams, temperature, prompt = self.key(windows[0])
+        beams, temperature, _ = self.key(windows[0])
         results = self.model.generate(
             states,
             [[*window.prompt, *head] for window, head in zip(windows, heads, strict=True)],
             beam_size=beams,
             sampling_topk=0 if temperature else 1,
             sampling_temperature=temperature or 1.0,
-            max_length=min(self.words.positions, prompt + len(heads[0]) + self.words.positions // 2),
+            max_length=self.words.positions,  # it makes at most half of it, and what a prompt leaves
             return_scores=True,
             return_no_speech_prob=True,
             suppress_tokens=self.suppress,
@@ -962,7 +969,9 @@ class Listener:
         """One piece; what its answer leaves out at the end is heard again from there."""
         start, end = piece
         heard = Piece(language=options.language)
+        tries = 0
         while start < end:
+            tries += 1
             seconds = (end - start) / RATE
             features = await asyncio.to_thread(self.features, samples[start:end])
             temperature, said = await self._decode(features, seconds, options)
@@ -972,8 +981,10 @@ class Listener:
             if said.no_speech_prob > SILENCE and said.avg_logprob < MIN_LOGPROB:
                 break
             parts, covered = spans(said.tokens, self.words.first_time, seconds)
-            if covered < 1 or seconds - covered < 0.5:  # else it might never come to the end
-                parts = parts or [Span(0.0, seconds, said.tokens)]
+            if not covered or seconds - covered < 0.5 or tries == MAX_TRIES:
+                # The rest is taken as it is: heard again, it might never come to the end.
+                rest = said.tokens[sum(len(part.tokens) for part in parts) :]
+                parts += [Span(covered, seconds, rest)] if rest else []
                 covered = seconds
             at = offset + start / RATE
             begins = await asyncio.to_thread(said.begins) if said.begins else []
@@ -1108,8 +1119,9 @@ def load_transformers(settings: Settings, found: ModelPath) -> Listener:
             )
         model.to(device).eval()
         phase.bytes = sum(weight.nbytes for weight in model.parameters())
-    # English-only models have no such key, or false.
-    multilingual = bool(getattr(model.generation_config, "is_multilingual", False))
+    # Fine-tunes may lack the key; then the size tells, as in openai/whisper: English-only models have 51864.
+    told = getattr(model.generation_config, "is_multilingual", None)
+    multilingual = model.config.vocab_size >= 51_865 if told is None else bool(told)
     words = Vocabulary(
         tokenizer, multilingual=multilingual, positions=model.config.max_target_positions,
         timestamps=settings.model_timestamps,
@@ -1130,18 +1142,17 @@ def load_faster_whisper(settings: Settings, found: ModelPath) -> Listener:
     with prewarm.phase("import"):
         if device.type == "cuda":
             load_cublas()
-        import faster_whisper
+        import ctranslate2
     with prewarm.phase("load") as phase:
         tokenizer, extractor = load_processor(settings, found)
         try:
-            whisper = faster_whisper.WhisperModel(
-                str(folder), device=device.type, device_index=device.index or 0, compute_type=kind,
-                local_files_only=True,
-            )  # fmt: skip
+            # faster-whisper's own class would fetch a tokenizer for a folder that has none.
+            model = ctranslate2.models.Whisper(
+                str(folder), device=device.type, device_index=device.index or 0, compute_type=kind
+            )
         except ValueError as error:
             cause = str(error).strip().partition("\n")[0]
             raise StartError(f"COMPUTE_TYPE={kind}: {cause}", code="bad_setting") from error
-        model = whisper.model
         phase.bytes = (folder / "model.bin").stat().st_size
     if extractor.feature_size != model.n_mels:
         from transformers import WhisperFeatureExtractor
@@ -1365,9 +1376,10 @@ def shown(
         return vtt(heard.segments)
     if format == "text":
         return heard.text + "\n"
+    names = listener.words.names
     return OpenAIVerbose(
         task=task,
-        language=listener.words.names.get(heard.language or "", heard.language or ""),
+        language="english" if task == "translate" else names.get(heard.language or "", heard.language or ""),
         duration=heard.duration,
         text=heard.text,
         segments=heard.segments if segments else None,
