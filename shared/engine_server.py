@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -88,7 +89,7 @@ class EngineClient:
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, ""
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):
             return 0, ""
 
     async def request(
@@ -342,8 +343,7 @@ class EngineServer(EngineClient):
         if cause := classify_log(self._lines):
             raise cause
         status = self._process.returncode if self._process else None
-        tail = "\n".join(list(self._lines)[-20:])
-        raise EngineFailed(f"{self.name} ended with status {status} before it was ready:\n{tail}")
+        raise EngineFailed(f"{self.name} ended with status {status} before it was ready.")
 
     # ---- watch ----
 

@@ -71,7 +71,7 @@ _LOGGED = (
         "Check the model's id; a private one needs HF_TOKEN.",
     ),
     (
-        r"trust_remote_code=True",
+        r"`trust_remote_code=True`",  # without the marks it is among the settings that vLLM always names
         "needs_remote_code",
         "Set TRUST_REMOTE_CODE=true if you trust the code in the model's repository.",
     ),
@@ -83,7 +83,7 @@ _LOGGED = (
     ),
     (
         r"unrecognized arguments?:|invalid choice:|error: argument |unexpected argument"
-        r"|invalid value .* for '--|required arguments were not provided"
+        r"|invalid value .* for '--|required arguments were not provided|cannot be used multiple times"
         r"|greater than the derived max_model_len|Value error, |Unknown attention backend"
         r"|invalid (tool call|reasoning) parser|No adapter found for |ArgumentValidation\(",
         "bad_setting",

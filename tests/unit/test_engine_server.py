@@ -21,7 +21,7 @@ from shared import jobs, reaper
 from shared.engine_server import EngineClient, EngineFailed, EngineServer, problem
 from shared.errors import JobError, StartError
 from shared.jobs import Request, job_handler
-from shared.startup import classify_log
+from shared.startup import classify, classify_log
 from shared.streaming import coalesce
 from tools.workers import ROOT
 
@@ -190,6 +190,22 @@ async def test_nobody_listens_elsewhere() -> None:
     assert client.get("/health") == (0, "")
 
 
+def test_what_speaks_no_http_is_nobody() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def greet() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"220 mail at your service\r\n")
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        client = EngineClient(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        assert client.get("/health") == (0, "")
+        thread.join()
+
+
 # ---- streams -------------------------------------------------------------------------------------------
 
 
@@ -284,6 +300,9 @@ def test_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("vllm: error: argument --dtype: invalid choice: 'int3'", "bad_setting"),
         ('Error: ArgumentValidation("`max_input_tokens`(9) must be < `max_total_tokens`(9)")', "bad_setting"),
         ("error: unexpected argument '--max-model-len' found", "bad_setting"),
+        ("error: the argument '--quantize <QUANTIZE>' cannot be used multiple times", "bad_setting"),
+        ("ValueError: Please pass the argument `trust_remote_code=True` to allow custom code to be run.",
+         "needs_remote_code"),
         ("vllm: error: unrecognized arguments: --no-such-flag", "bad_setting"),
         ("ValueError: Unknown attention backend: 'XFORMERS'. Valid options are: FLASH_ATTN", "bad_setting"),
         ("KeyError: 'invalid tool call parser: nope (chose from { hermes })'", "bad_setting"),
@@ -304,10 +323,15 @@ def test_a_permanent_cause_is_told_in_one_line(line: str, code: str) -> None:
     assert reaper.members(server.pid) == []
 
 
-def test_another_cause_may_go_well_next_time() -> None:
-    server = Watched("--says", "Segmentation fault")
-    with pytest.raises(EngineFailed, match=r"(?s)status 3.*Segmentation fault"):
+@pytest.mark.parametrize("trusted", [True, False])
+def test_another_cause_may_go_well_next_time(trusted: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """vLLM names its settings at every start, whatever ends it afterwards."""
+    settings = f"INFO 11-25 Initializing a V1 LLM engine: trust_remote_code={trusted}, dtype=torch.bfloat16"
+    server = Watched("--says", f"{settings}\nSegmentation fault")
+    with pytest.raises(EngineFailed, match="status 3") as caught:
         server.start()
+    assert classify(caught.value) is None
+    assert "engine: Segmentation fault" in capsys.readouterr().out
     assert classify_log(["INFO 11-25 all is well"]) is None
 
 

@@ -186,7 +186,10 @@ _OTHER_VARIABLES = (
     "API_KEY", "NGROK", "NGROK_AUTHTOKEN", "NGROK_EDGE", "USAGE_STATS", "GRACEFUL_TERMINATION_TIMEOUT",
     "HUGGINGFACE_HUB_CACHE", "WEIGHTS_CACHE_OVERRIDE", "HUGGING_FACE_HUB_TOKEN", "HF_API_TOKEN",
 )  # fmt: skip
-_OWN_FLAGS = {"--model-id", "--hostname", "--port", "--usage-stats", "--max-input-length"}
+_OWN_FLAGS = {
+    "--model-id", "--hostname", "--port", "-p", "--usage-stats", "--max-input-length",
+    "--graceful-termination-timeout",
+}  # fmt: skip
 
 
 def launcher_names() -> list[str]:

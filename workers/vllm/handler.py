@@ -110,12 +110,12 @@ ALIASES = {
     "TOKENIZER_NAME": "tokenizer",
     "CUSTOM_CHAT_TEMPLATE": "chat-template",
     "OPENAI_RESPONSE_ROLE": "response-role",
-    "CUDA_GRAPH_SIZES": "cudagraph-capture-sizes",
-    "MAX_SEQ_LEN_TO_CAPTURE": "max-cudagraph-capture-size",
-    "MAX_CONTEXT_LEN_TO_CAPTURE": "max-cudagraph-capture-size",
 }
 # What older versions had, and what has taken its place.
 REMOVED = {
+    "CUDA_GRAPH_SIZES": "CUDAGRAPH_CAPTURE_SIZES or MAX_CUDAGRAPH_CAPTURE_SIZE",
+    "MAX_SEQ_LEN_TO_CAPTURE": "nothing: graphs no longer depend on the context's length",
+    "MAX_CONTEXT_LEN_TO_CAPTURE": "nothing: graphs no longer depend on the context's length",
     "SWAP_SPACE": "nothing: this vLLM swaps nothing out",
     "NUM_SCHEDULER_STEPS": "nothing: scheduling is asynchronous",
     "TASK": "RUNNER and CONVERT",
@@ -285,7 +285,7 @@ def build_command(settings: Settings, model: ModelPath, environ: Mapping[str, st
     except ValueError as error:
         raise StartError(f"VLLM_EXTRA_ARGS: {error}.", code="bad_setting") from None
     named = {word[2:].partition("=")[0].replace("_", "-") for word in extra if word.startswith("--")}
-    if taken := named & {"host", "port", "uds", "model"}:
+    if taken := named & {"host", "port", "uds", "model", "api-key", "hf-token"}:
         raise StartError(
             f"VLLM_EXTRA_ARGS: --{min(taken)} is the worker's own. Leave it out.", code="bad_setting"
         )
@@ -488,6 +488,7 @@ def engine_env(command: Command, *, online: bool) -> dict[str, str | None]:
     """What the engine's environment has beyond this process's, and what it does not have."""
     wrapper = {name.upper() for name in Settings.model_fields if name.startswith("vllm_")}
     env: dict[str, str | None] = dict.fromkeys([*wrapper, *(n for n in REMOVED if n.startswith("VLLM_"))])
+    env["VLLM_API_KEY"] = None  # the engine listens on loopback alone, and its worker has no key
     env["VLLM_NO_USAGE_STATS"] = os.environ.get("VLLM_NO_USAGE_STATS", "1")
     if "VLLM_CACHE_ROOT" in os.environ:  # on the volume: worth to keep what this start measures
         env["VLLM_ENABLE_STARTUP_PLAN"] = os.environ.get("VLLM_ENABLE_STARTUP_PLAN", "1")
