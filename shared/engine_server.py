@@ -47,7 +47,7 @@ from shared.startup import classify_log
 from shared.streaming import sse_events
 
 if TYPE_CHECKING:
-    from aiohttp import ClientResponse, ClientSession
+    from aiohttp import AddrInfoType, ClientResponse, ClientSession
 
 KEEP_ALIVE_S = 3.0  # shorter than the 5 s after which uvicorn closes an idle connection
 PROBE_S = 10.0
@@ -175,14 +175,27 @@ class EngineClient:
             self._loop = asyncio.get_running_loop()
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=PROBE_S)
             # aiohttp's own limit is 100 connections, which would queue the others unseen.
-            pool = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
-            new = aiohttp.TCPConnector(limit=0, force_close=True)
+            pool = aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=KEEP_ALIVE_S, socket_factory=_probing_socket
+            )
+            new = aiohttp.TCPConnector(limit=0, force_close=True, socket_factory=_probing_socket)
             self._pooled = aiohttp.ClientSession(connector=pool, timeout=timeout, headers=self.headers)
             self._fresh = aiohttp.ClientSession(connector=new, timeout=timeout, headers=self.headers)
             # asyncio.run closes generators before it closes its loop, and this one the sessions with itself.
             self._keeper = _hold(self._pooled, self._fresh)
             await anext(self._keeper)
         return self._pooled, self._fresh
+
+
+def _probing_socket(address: AddrInfoType) -> socket.socket:
+    """One that breaks a minute after its host has vanished; an answer itself may take any time."""
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, seconds in ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10)):
+        made.setsockopt(socket.IPPROTO_TCP, option, seconds)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    return made
 
 
 async def _hold(*sessions: ClientSession) -> AsyncGenerator[None]:

@@ -190,6 +190,19 @@ async def test_nobody_listens_elsewhere() -> None:
     assert client.get("/health") == (0, "")
 
 
+async def test_a_host_that_vanishes_is_noticed(shared_server: Watched) -> None:
+    for session in await shared_server._sessions():
+        url, body = f"{shared_server.url}/stream", {"count": 10**6, "seconds": 0.01}
+        async with session.post(url, json=body) as response:
+            assert response.connection is not None
+            assert response.connection.transport is not None
+            made = response.connection.transport.get_extra_info("socket")
+            assert made.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            assert [made.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [30, 10, 3]
+    await soon(lambda: shared_server.waiting() == 0)
+
+
 def test_what_speaks_no_http_is_nobody() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
 

@@ -24,8 +24,10 @@ import requests
 from local import Platform, Rules, WorkerFailed, running
 from local.workers import WorkerProcess
 from shared import jobs, reaper
+from shared.engine_server import EngineFailed
 from shared.errors import JobError, StartError
 from shared.settings import read_settings
+from shared.startup import classify
 from shared.volume import ModelPath
 from tools import tgi_stand_in
 from tools.models import local_env
@@ -405,6 +407,21 @@ def test_who_fetches_the_model(
     assert ("--revision" in command) == ("--revision" in argv)
     assert ("HF_HUB_OFFLINE" in changed) == online
     assert commit == (None if code else "c0ffee")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_tgi_fetches_is_kept_on_the_volume(
+    tgi: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """The image's HF_HOME would be fetched to anew at each cold start."""
+    for name in ("HF_MODULES_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "VLLM_CACHE_ROOT"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("RUNPOD_VOLUME_PATH", str(tmp_path if there else tmp_path / "nothing"))
+    kept = str(tmp_path / "huggingface-cache") if there else "/data"
+    for home, found in (("/data", kept), ("/mine", "/mine")):
+        monkeypatch.setenv("HF_HOME", home)
+        tgi.use_volume_for_tgi()
+        assert os.environ["HF_HOME"] == found
 
 
 def test_a_template_in_a_file_of_its_own_is_handed_to_tgi(tgi: ModuleType, tmp_path: Path) -> None:
@@ -795,14 +812,19 @@ def test_a_server_elsewhere_that_wants_a_key(elsewhere: str) -> None:
 
 
 @engine
-def test_a_server_elsewhere_that_does_not_answer() -> None:
+def test_a_server_elsewhere_that_does_not_answer(capsys: pytest.CaptureFixture[str]) -> None:
     from tests.unit.test_tgi_stand_in import free_port
 
     url = f"http://user:password@127.0.0.1:{free_port()}"
-    with pytest.raises(StartError) as caught, prepared(TGI_URL=url, TGI_STARTUP_TIMEOUT="0.5"):
+    with (
+        pytest.raises(EngineFailed, match="does not answer") as caught,
+        prepared(TGI_URL=url, TGI_STARTUP_TIMEOUT="0.5"),
+    ):
         pass
-    assert caught.value.code == "engine_unreachable"
-    assert "password" not in caught.value.message
+    assert classify(caught.value) is None  # it may be loading: a worker that is replaced tries again
+    out = capsys.readouterr().out
+    assert "the server does not answer. Check the address" in out
+    assert "password" not in f"{caught.value}{out}"
 
 
 @engine

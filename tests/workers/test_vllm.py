@@ -185,6 +185,32 @@ def test_all_gpus_that_divide_the_heads(words: Callable[..., list[str]], tmp_pat
     assert found[found.index("--tensor-parallel-size") + 1] == "1"
 
 
+@pytest.mark.parametrize(
+    ("env", "size"),
+    [
+        ({"PIPELINE_PARALLEL_SIZE": "2"}, "4"),
+        ({"PIPELINE_PARALLEL_SIZE": "2", "VLLM_EXTRA_ARGS": "--data_parallel_size=2"}, "2"),
+        ({"DATA_PARALLEL_SIZE": "8"}, None),
+        ({"DATA_PARALLEL_SIZE": "16"}, None),
+        # what is left cannot be told
+        ({"VLLM_EXTRA_ARGS": "-pp 2"}, None),
+        ({"VLLM_EXTRA_ARGS": "-dp=2"}, None),
+        ({"DEVICE_IDS": "0,1"}, None),
+        ({"VLLM_CONFIG_FILE": "pipeline-parallel-size: 2"}, None),
+        ({"VLLM_CONFIG_FILE": "seed: 2"}, "8"),
+    ],
+)
+def test_stages_and_copies_share_the_gpus(
+    words: Callable[..., list[str]], tmp_path: Path, env: dict[str, str], size: str | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 32}))
+    if text := env.get("VLLM_CONFIG_FILE"):
+        (tmp_path / "vllm.yaml").write_text(text)
+        env = {"VLLM_CONFIG_FILE": str(tmp_path / "vllm.yaml")}
+    found = words(MODEL_NAME="me/model", CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7", **env)
+    assert grouped(found).get("--tensor-parallel-size") == (size and [size])
+
+
 def test_gpus_are_counted_by_nvidia_smi(
     vllm: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +342,14 @@ def test_the_defaults_of_the_reference(vllm: ModuleType) -> None:
             "presence_penalty": 0.0, "frequency_penalty": 0.0, "stream": False,
         },
     )  # fmt: skip
+
+
+def test_a_default_is_no_longer_than_the_model(vllm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = '{"data":[{"id":"m","max_model_len":%s},{"id":"adapter","max_model_len":null}]}'
+    assert [vllm.shorter_default(text) for text in (models % 128, models % 4096, "")] == [128, 512, 512]
+    monkeypatch.setattr(vllm, "default_tokens", 128)
+    request = jobs.validate(vllm.GenerateRequest, {"prompt": "a"})
+    assert vllm.native_body(request)["max_tokens"] == 128
 
 
 def test_vllms_own_fields_pass_untouched(vllm: ModuleType) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import re
 import shlex
@@ -35,7 +36,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
 from shared import openai_api, prewarm, startup
-from shared.engine_server import EngineClient, EngineServer
+from shared.engine_server import EngineClient, EngineFailed, EngineServer
 from shared.errors import JobError, StartError
 from shared.generation import StopStrings
 from shared.jobs import Request, current_job, job_handler, start_config
@@ -43,6 +44,7 @@ from shared.logs import log, redact
 from shared.openai_api import ModelList, ModelsRequest, OpenAIRequest, StreamOptions, Usage
 from shared.settings import WorkerSettings, read_settings
 from shared.streaming import STREAM_LIMIT, coalesce
+from shared.volume import use_volume
 
 DEFAULT_TOKENS = 512
 PATIENCE_S = 20.0  # for a server whose places are all taken
@@ -610,7 +612,7 @@ def load(settings: Settings) -> Engine:
     try:
         info, bos = asyncio.run(_ask(client))
     except JobError as error:
-        if settings.tgi_url is None:
+        if settings.tgi_url is None or error.code == "engine_unreachable":
             raise
         told = explain(error, "prompt")
         raise StartError(f"TGI_URL={redact(settings.tgi_url)}: {told.message}", code=str(told.code)) from None
@@ -630,18 +632,20 @@ async def _ask(client: EngineClient) -> tuple[dict[str, Any], int | None]:
 
 
 def connect(settings: Settings, url: str) -> EngineClient:
-    """A TGI elsewhere, once it is well. Raises StartError when it does not answer."""
+    """A TGI elsewhere, once it is well: it may be loading. Raises EngineFailed after tgi_startup_timeout."""
     key = {"Authorization": f"Bearer {settings.api_key.get_secret_value()}"} if settings.api_key else {}
     client = EngineClient(url, headers=key)
     with prewarm.phase("connect"):
-        begun = time.monotonic()
+        begun, warned = time.monotonic(), float("-inf")
         while (status := client.get("/health")[0]) != 200:
-            if time.monotonic() - begun > min(settings.tgi_startup_timeout, 60):
-                said = f"answers /health with {status}" if status else "does not answer"
-                raise StartError(
-                    f"TGI_URL={redact(url)}: the server {said}. Check the address, and that it runs.",
-                    code="engine_unreachable",
-                )
+            now = time.monotonic()
+            said = f"answers /health with {status}" if status else "does not answer"
+            told = f"TGI_URL={redact(url)}: the server {said}. Check the address, and that it runs."
+            if now - begun > settings.tgi_startup_timeout:
+                raise EngineFailed(told)
+            if now - warned > 30:
+                warned = now
+                log.warning(told)
             time.sleep(0.5)
     return client
 
@@ -919,7 +923,19 @@ def prepare() -> dict[str, Any]:
     return start_config(serving, settings)
 
 
+BASE_HOME = "/data"  # HF_HOME of TGI's image, on the container's disk
+
+
+def use_volume_for_tgi() -> None:
+    """What TGI fetches by itself goes to the volume, where there is one, in spite of BASE_HOME."""
+    if os.environ.get("HF_HOME") == BASE_HOME:
+        del os.environ["HF_HOME"]
+        use_volume()
+        os.environ.setdefault("HF_HOME", BASE_HOME)
+
+
 def main() -> None:
+    use_volume_for_tgi()
     config = startup.run(prepare, worker="tgi")
     import runpod
 

@@ -299,7 +299,8 @@ def build_command(settings: Settings, model: ModelPath, environ: Mapping[str, st
     head = [word.replace("{model}", str(model.path)) for word in shlex.split(settings.engine_command)]
     command = Command(head, flags, extra, settled)
     command.default("disable-uvicorn-access-log")
-    if (gpus := usable_gpus(model.path, count_gpus(environ))) > 1:
+    share = gpus_of_a_stage(command, count_gpus(environ))
+    if share and (gpus := usable_gpus(model.path, share)) > 1:
         command.default("tensor-parallel-size", str(gpus))
     return command
 
@@ -313,6 +314,21 @@ def count_gpus(environ: Mapping[str, str]) -> int:
     except (OSError, subprocess.TimeoutExpired):
         return 0
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+DIVIDING = {"pipeline-parallel-size", "data-parallel-size", "prefill-context-parallel-size"}
+PLACING = re.compile(r"pipeline-parallel|data-parallel|prefill-context|device-ids|nnodes")
+
+
+def gpus_of_a_stage(command: Command, found: int) -> int | None:
+    """What the user's stages and copies of the model leave each; None where this cannot be told from here."""
+    if any(re.match(r"-(pp|dp|pcp)", word) for word in command.extra):
+        return None
+    for flag in filter(PLACING.match, command.settled):
+        if flag not in DIVIDING or not (parts := command.number(flag)):
+            return None
+        found //= parts
+    return found
 
 
 def usable_gpus(model: Path, found: int) -> int:
@@ -427,11 +443,21 @@ ROUTES: dict[str, type[BaseModel]] = {
 }
 
 
+DEFAULT_TOKENS = 512
+default_tokens = DEFAULT_TOKENS
+"""What `prepare` makes of it: vLLM refuses more than the model's length, and itself counts the prompt."""
+
+
+def shorter_default(models: str) -> int:
+    """DEFAULT_TOKENS, or the model's length where that is less. models: the engine's answer at /v1/models."""
+    return min([DEFAULT_TOKENS, *map(int, re.findall(r'"max_model_len": ?(\d+)', models))])
+
+
 def native_body(request: GenerateRequest) -> dict[str, Any]:
     """vLLM's own request for the worker's."""
     body: dict[str, Any] = request.model_dump(exclude_none=True)
     if request.max_tokens is None and "max_completion_tokens" not in body:
-        body["max_tokens"] = 512
+        body["max_tokens"] = default_tokens
     if request.stream:
         body["stream_options"] = {"include_usage": True, **(body.get("stream_options") or {})}
     return body
@@ -585,9 +611,10 @@ def prewarm_inputs(served: str) -> list[dict[str, Any]]:
 
 
 def prepare() -> dict[str, Any]:
-    global engine
+    global engine, default_tokens
     settings = read_settings(Settings)
     engine, command = load(settings)
+    default_tokens = shorter_default(engine.get("/v1/models")[1])
     most = settings.max_concurrency or jobs_at_a_time(
         engine.get("/metrics")[1], command.number("max-num-seqs") or DEFAULT_SEQS
     )
