@@ -950,7 +950,10 @@ def test_no_secret_is_told(platform: Platform) -> None:
 
 def launcher_of(worker: WorkerProcess) -> int:
     """The process id of the launcher that a worker has started."""
-    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    # -ww: the line is cut at 80 columns otherwise, and a path may be longer.
+    listed = subprocess.run(
+        ["ps", "-ww", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    ).stdout
     for line in listed.splitlines():
         pid, parent, *words = line.split()
         if parent == str(worker.pid) and "tgi_stand_in.py" in " ".join(words):
