@@ -208,6 +208,45 @@ def test_speech_that_was_found_is_gathered_into_pieces(monkeypatch: pytest.Monke
     assert len(pieces) < len(found) / 2
 
 
+def bursts(*seconds: float) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Swelling noise and, in turn with it, pauses of so many seconds; and where the noise lies."""
+    rng, parts, marks, place = np.random.default_rng(0), [], [], 0
+    for number, length in enumerate(round(s * RATE) for s in seconds):
+        loud = 0.001 if number % 2 else 0.12 + 0.1 * np.sin(2 * np.pi * 4 * np.arange(length) / RATE)
+        parts.append((loud * rng.standard_normal(length)).astype(np.float32))
+        if not number % 2:
+            marks.append((place, place + length))
+        place += length
+    return np.concatenate(parts), marks
+
+
+@pytest.mark.parametrize(
+    ("seconds", "most"),
+    [
+        ([25, 5] * 60, 66),  # whoever only looks at the end of each piece drifts into the noise
+        ([5, 0.6, 27, 0.6, 10], 3),  # the pause comes early in the piece
+    ],
+)
+def test_the_cuts_of_the_whole_are_weighed_against_each_other(seconds: list[float], most: int) -> None:
+    samples, marks = bursts(*seconds)
+    pieces = worker.cut(samples, vad=False, limit_s=30)
+    assert sum(end - start for start, end in pieces) == len(samples)
+    assert max(end - start for start, end in pieces) <= 30 * RATE
+    assert len(pieces) <= most
+    for mark in marks:
+        assert any(piece[0] <= mark[0] and mark[1] <= piece[1] for piece in pieces), f"{mark} is cut"
+
+
+def test_a_quiet_speaker_is_cut_in_the_pauses_too() -> None:
+    """Loudness is held against the sound around it, not against that of the whole."""
+    samples, marks = bursts(*[4, 0.5] * 200)
+    half = len(samples) // 2
+    samples[half:] *= 0.02
+    pieces = worker.cut(samples, vad=False, limit_s=30)
+    for mark in marks:
+        assert any(piece[0] <= mark[0] and mark[1] <= piece[1] for piece in pieces), f"{mark} is cut"
+
+
 def test_what_has_no_pause_is_cut_too() -> None:
     for samples in (sound(440, 100), np.random.default_rng(0).normal(0, 0.1, 100 * RATE).astype(np.float32)):
         pieces = worker.cut(samples, vad=False, limit_s=30)

@@ -808,24 +808,41 @@ def speech(samples: Samples) -> list[tuple[int, int]]:
 
 
 def quiet_cuts(samples: Samples, start: int, end: int, limit: int) -> list[tuple[int, int]]:
-    """From `start` to `end` in parts of at most `limit` samples, each cut at the quietest moment of the last
-    third that it may have. The parts touch and hold everything."""
+    """From `start` to `end` in parts of at most `limit` samples, which touch and hold everything.
+
+    Of all ways to cut it the one whose cuts are quietest, each beside the sound around it, and few: one more
+    part costs as much as a cut at a tenth of that loudness.
+    """
     import numpy as np
 
+    if end - start <= limit:
+        return [(start, end)]
     frame = RATE // 50
-    parts = []
-    while end - start > limit:
-        low = start + 2 * limit // 3
-        count = (start + limit - low) // frame
-        block = samples[low : low + count * frame].reshape(count, frame)
-        loud = np.sqrt(np.square(block, dtype=np.float32).mean(1))
-        if count >= 15:  # a pause is longer than the gap in a consonant
-            loud = np.convolve(np.pad(loud, 7, mode="edge"), np.ones(15, np.float32) / 15, mode="valid")
-        quietest = count - 1 - int(loud[::-1].argmin())
-        cut = low + quietest * frame + frame // 2
-        parts.append((start, cut))
-        start = cut
-    return [*parts, (start, end)]
+    count = (end - start) // frame
+    block = samples[start : start + count * frame].reshape(count, frame)
+    loud = np.sqrt(np.einsum("ij,ij->i", block, block) / frame)
+    # A pause is longer than the gap in a consonant.
+    quiet = np.convolve(np.pad(loud, 7, mode="edge"), np.ones(15, np.float32) / 15, mode="valid")
+    sums, here = np.pad(loud.cumsum(dtype=float), (1, 0)), np.arange(count)
+    low, high = np.maximum(here - limit // frame, 0), np.minimum(here + limit // frame, count)
+    around = (sums[high] - sums[low]) / (high - low)
+    cost = quiet / np.maximum(around, 1e-9) + 0.1
+    # One may come in each quarter of a second; of shorter parts, in each 120th.
+    every = max(1, limit // (120 * frame))
+    rows = np.pad(cost, (0, -count % every), constant_values=np.inf).reshape(-1, every)
+    frames = np.arange(len(rows)) * every + rows.argmin(1)
+    places = np.concatenate([[start], start + frames * frame + frame // 2, [end]])
+    costs = [0.0, *cost[frames].tolist(), 0.0]
+    first = np.searchsorted(places, places - limit).tolist()
+    best, before = np.zeros(len(places)), [0] * len(places)
+    for place in range(1, len(places)):
+        before[place] = first[place] + int(best[first[place] : place].argmin())
+        best[place] = best[before[place]] + costs[place]
+    parts, place = [], len(places) - 1
+    while place:
+        parts.append((int(places[before[place]]), int(places[place])))
+        place = before[place]
+    return parts[::-1]
 
 
 def cut(samples: Samples, *, vad: bool, limit_s: float) -> list[tuple[int, int]]:
