@@ -178,7 +178,7 @@ class ClientSide:
         except ValueError:
             raise Refused("wait must be a number of milliseconds") from None
         job = self._submit(await _body(request, self._rules.runsync_bytes), sync=True)
-        await _wait(job, lambda: job.state.final, min(max(wait, low), high))
+        await _wait(job, lambda: job.state.final, min(max(low, wait), high))  # NaN is low
         return _json(job.describe())
 
     async def status(self, request: web.Request) -> web.StreamResponse:
@@ -284,7 +284,7 @@ async def _body(request: web.Request, limit: int) -> Any:
             if len(body) > limit:
                 break
         else:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 return json.loads(body, parse_constant=_refuse_constant)
             raise Refused("bad request: body: it must be JSON")
     raise Refused(f"bad request: body: exceeded max body size of {limit / MIB:g}MiB")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
 
-MAX_TEXTS = 16384
+MAX_TEXTS = openai_api.MAX_INPUTS
 
 # Tokens in one padded batch. A GPU wants many (16384 is text-embeddings-inference's default); on two CPU
 # cores about a thousand was fastest, and larger batches were slower than none: benchmarks/results.

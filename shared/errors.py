@@ -5,6 +5,18 @@ from __future__ import annotations
 import json
 from typing import Any
 
+_LONGEST = 2000
+
+
+def whole(text: str) -> str:
+    """`text` as it can be sent: half a surrogate pair, which JSON can name and UTF-8 cannot hold, is U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _told(text: str) -> str:
+    """What a message may carry of a client's text: whole characters, both ends of megabytes."""
+    return whole(text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}")
+
 
 class JobError(Exception):
     """One job cannot be answered, and the client is told why.
@@ -24,8 +36,8 @@ class JobError(Exception):
         type: str = "invalid_request_error",
     ) -> None:
         super().__init__(message)
-        self.message = message
-        self.param = param
+        self.message = _told(message)
+        self.param = None if param is None else _told(param)
         self.code = code
         self.type = type
 

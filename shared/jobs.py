@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from shared.errors import JobError
+from shared.errors import JobError, whole
 from shared.logs import job_id, log
 from shared.settings import WorkerSettings
 from shared.streaming import error_event
@@ -103,7 +103,7 @@ def _explain(problem: ErrorDetails, model: type[BaseModel]) -> JobError:
     param = ".".join(str(part) for part in problem["loc"]) or None
     if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1:
         names = list(model.model_fields)
-        close = difflib.get_close_matches(str(param), names, n=1)
+        close = difflib.get_close_matches(str(param)[:100], names, n=1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
         return JobError(
             f"{param}: unknown field. {hint}Allowed: {', '.join(names)}.", param=param, code="unknown_field"
@@ -123,7 +123,9 @@ def _json_type(value: Any) -> str:
 def _show(value: Any) -> str:
     """`value` as JSON when that is short, else its type: a message must not carry megabytes."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= 60 else f"{_json_type(value)} of {len(value)}"
+    if len(text) <= 60:
+        return text
+    return f"{_json_type(value)} of {len(value)}" if hasattr(value, "__len__") else f"{text[:60]}..."
 
 
 def _either(names: Mapping[str, Any]) -> str:
@@ -178,8 +180,7 @@ def plain(result: Any) -> tuple[Any, str]:
     try:
         text.encode()
     except UnicodeEncodeError:
-        # Half a surrogate pair, which JSON can name and UTF-8 cannot hold: the SDK would not send it.
-        text, converted = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), True
+        text, converted = whole(text), True  # the SDK would not send it
     return (json.loads(text) if converted else result), text
 
 
@@ -219,9 +220,13 @@ async def finish(result: Any, job: Job) -> Any:
 def has_bucket(job: Job) -> bool:
     """Whether a result of this job that is too large for the platform has somewhere to go."""
     names = ("BUCKET_ENDPOINT_URL", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY")
-    config = job.get("s3Config") or {}
-    keys = ("endpointUrl", "accessId", "accessSecret")
-    return all(config.get(key) for key in keys) or all(os.environ.get(name) for name in names)
+    return _own_bucket(job) is not None or all(os.environ.get(name) for name in names)
+
+
+def _own_bucket(job: Job) -> dict[str, Any] | None:
+    """The bucket that the job came with, if that is all there."""
+    config, keys = job.get("s3Config"), ("endpointUrl", "accessId", "accessSecret")
+    return config if isinstance(config, dict) and all(config.get(key) for key in keys) else None
 
 
 def check_size(at_least: int, job: Job, advice: str = "") -> None:
@@ -240,7 +245,7 @@ def _upload(text: str, job: Job) -> str:
     check_size(len(data), job)
     from runpod.serverless.utils import rp_upload
 
-    bucket = job.get("s3Config") or None
+    bucket = _own_bucket(job)
     try:
         url: str = rp_upload.upload_in_memory_object(
             f"{job['id']}.json",

@@ -63,6 +63,8 @@ def check_model(asked: str | None, *served: str) -> None:
 
 Inputs = list[str] | list[list[int]]
 
+MAX_INPUTS = 16384
+
 
 def _as_list(value: Any) -> Any:
     """OpenAI takes a text, a list of texts, one array of token ids, or a list of such arrays."""
@@ -80,6 +82,8 @@ def _as_list(value: Any) -> Any:
         raise ValueError("must hold at least one text, or only non-empty arrays of token ids")
     if "" in value:
         raise ValueError(f"must not hold an empty text (number {value.index('')})")
+    if len(value) > MAX_INPUTS:
+        raise ValueError(f"must hold at most {MAX_INPUTS} texts or arrays, not {len(value)}")
     return value
 
 

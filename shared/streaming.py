@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 
-from shared.errors import JobError
+from shared.errors import JobError, whole
 
 STREAM_LIMIT = 1_000_000
 """Bytes that the platform takes in one post of a stream."""
@@ -120,7 +120,7 @@ def _pieces(unit: str, room: int) -> list[tuple[str, int]]:
 
     Surrogates, which cannot be sent, are joined to characters, and lone ones become U+FFFD.
     """
-    unit = unit.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    unit = whole(unit)
     if (size := _size(unit)) <= room:
         return [(unit, size)] if unit else []
     step = max(1, room // 24)  # no character takes more than 6 bytes, and four pieces fill a chunk well

@@ -56,8 +56,12 @@ class Hub:
 
     def fault(self, part: str, *, times: int = 1 << 30, **what: float) -> None:
         """For the next `times` requests: status=503, cut=<bytes sent before the connection breaks>,
-        rate=<bytes per second>, hang=<seconds before the answer>."""
+        rate=<bytes per second>, hold=<bytes sent before it waits for `go_on`>."""
         self._control("fault", part=part, times=times, what=what)
+
+    def go_on(self) -> None:
+        """No more faults; what was held goes on."""
+        self._control("go_on")
 
     def mend(self) -> None:
         """No more faults, and the counts begin anew."""
@@ -124,7 +128,6 @@ class Handler(BaseHTTPRequestHandler):
                 if fault["part"] in line and fault["times"] > 0:
                     fault["times"] -= 1
                     what |= fault["what"]
-        time.sleep(what.get("hang", 0))
         try:
             if "status" in what:
                 raise Refused(int(what["status"]))
@@ -153,6 +156,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def control_fault(self, part: str, times: int, what: dict[str, float]) -> None:
         faults.append({"part": part, "times": times, "what": what})
+
+    def control_go_on(self) -> None:
+        faults.clear()
 
     def control_mend(self) -> None:
         faults.clear()
@@ -273,7 +279,7 @@ class Handler(BaseHTTPRequestHandler):
         whole = len(body)
         body = body[: int(what.get("cut", whole))]
         rate = what.get("rate")
-        step = max(1, int(rate / 50)) if rate else len(body) or 1
+        step = max(1, int(rate / 50)) if rate else int(what.get("hold", len(body))) or 1
         try:
             for at in range(0, len(body), step):
                 self.wfile.write(body[at : at + step])
@@ -281,6 +287,8 @@ class Handler(BaseHTTPRequestHandler):
                     record["sent"] += len(body[at : at + step])
                 if rate:
                     time.sleep(step / rate)
+                while at + step >= what.get("hold", whole + step) and faults:
+                    time.sleep(0.01)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
         if len(body) < whole:

@@ -12,7 +12,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -60,6 +61,7 @@ def machine(tmp_path: Path, the_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> It
         "RUNPOD_MODEL_STORE": str(tmp_path / "store"),
         "HF_ENDPOINT": the_hub.url,
         "PYTHONPATH": str(REPOSITORY),
+        "HF_HUB_DOWNLOAD_TIMEOUT": "100",
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -67,6 +69,7 @@ def machine(tmp_path: Path, the_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> It
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(volume, "_offline_is_ours", False)
+    monkeypatch.setattr(Start, "logs", tmp_path)
     yield tmp_path
     for start in Start.every:
         start.kill()
@@ -77,20 +80,29 @@ class Start:
     """A process that is about to resolve the model; `go` lets it."""
 
     every: ClassVar[list[Start]] = []
+    logs: ClassVar[Path] = Path()
 
     def __init__(self, *inside: str, **settings: object) -> None:
+        self._log = self.logs / f"start-{len(self.every)}.log"
         self.every.append(self)
-        self.process = subprocess.Popen(
-            [*inside, sys.executable, "-m", "tests.volume_start", NAME],
-            env={**os.environ, **{name: str(value) for name, value in settings.items()}},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout
-        assert self.process.stdout.readline() == "ready\n", self.process.communicate()[1]
-        self.log = ""
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*inside, sys.executable, "-m", "tests.volume_start", NAME],
+                env={**os.environ, **{name: str(value) for name, value in settings.items()}},
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                text=True,
+            )
+        self.until_it_says("ready\n")
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def until_it_says(self, part: str) -> None:
+        until(lambda: part in self.log or self.process.poll() is not None)
+        assert part in self.log
 
     def go(self) -> Start:
         assert self.process.stdin
@@ -99,18 +111,18 @@ class Start:
         return self
 
     def end(self) -> dict[str, Any]:
-        """What it said last. Its log is in `log` from now on."""
-        self.log, errors = self.process.communicate(timeout=60)
-        assert self.process.returncode == 0, errors
-        said: dict[str, Any] = json.loads(self.log.splitlines()[-1])
+        """What it said last."""
+        self.process.communicate(timeout=120)
+        assert self.process.returncode == 0, self.log
+        *_, last = (line for line in self.log.splitlines() if line.startswith("{"))
+        said: dict[str, Any] = json.loads(last)
         return said
 
     def kill(self) -> bool:
         """Whether it was still at work."""
         at_work = self.process.poll() is None
         self.process.kill()
-        if not self.log:
-            self.log, _ = self.process.communicate()
+        self.process.communicate()
         return at_work
 
 
@@ -119,12 +131,16 @@ def right(folder: str | Path) -> bool:
     return found == FILES
 
 
-def wait_for(hub: Hub, part: str) -> None:
-    """Until the hub was asked for it."""
-    deadline = time.monotonic() + 30
-    while not any(part in request["line"] for request in hub.requests()):
-        assert time.monotonic() < deadline
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
         time.sleep(0.02)
+
+
+def wait_for_download(hub: Hub) -> None:
+    """Until the hub has sent some of the weights."""
+    until(lambda: any("GET /cdn" in request["line"] and request["sent"] for request in hub.requests()))
 
 
 # ---- together -------------------------------------------------------------------------------------------
@@ -132,30 +148,35 @@ def wait_for(hub: Hub, part: str) -> None:
 
 @pytest.mark.engine
 def test_eight_that_start_together_download_once(hub: Hub) -> None:
-    hub.fault("GET /cdn", rate=200_000)
+    hub.fault("GET /cdn", hold=5000)
     starts = [Start() for _ in range(8)]
-    said = [start.end() for start in [start.go() for start in starts]]
+    for start in starts:
+        start.go()
+    wait_for_download(hub)
+    waiting = "waiting for another worker"
+    until(lambda: sum(waiting in start.log for start in starts) == 7)
+    hub.go_on()
+    said = [start.end() for start in starts]
     assert sorted(one["source"] for one in said) == ["download"] + ["volume"] * 7
     assert len({one["path"] for one in said}) == 1
     assert right(said[0]["path"])
     assert {path: hub.got(path) for path in FILES} == dict.fromkeys(FILES, 1)
     assert hub.got("pytorch_model.bin") == 0
     assert sum("/api/models" in request["line"] for request in hub.requests()) == 2, "by one of them"
-    waited = [start for start in starts if "waiting for another worker" in start.log]
-    assert len(waited) == 7
 
 
 @pytest.mark.engine
 def test_when_the_one_that_downloads_is_killed_another_goes_on(hub: Hub, machine: Path) -> None:
-    hub.fault("GET /cdn", rate=60_000)
+    hub.fault("GET /cdn", hold=5000)
     starts = [Start() for _ in range(4)]
     for start in starts:
         start.go()
-    wait_for(hub, "GET /cdn")
+    wait_for_download(hub)
     (held,) = (machine / "volume").rglob(".locks/*@main/1")
     holder = json.loads(held.read_text())["pid"]
     (first,) = [start for start in starts if start.process.pid == holder]
     assert first.kill()
+    hub.go_on()
     said = [start.end() for start in starts if start is not first]
     assert sorted(one["source"] for one in said) == ["download", "volume", "volume"]
     assert all(right(one["path"]) for one in said)
@@ -165,10 +186,13 @@ def test_when_the_one_that_downloads_is_killed_another_goes_on(hub: Hub, machine
 @pytest.mark.engine
 def test_two_hosts_download_once(hub: Hub) -> None:
     """The second waits for longer than STALE_S, while the first one's heartbeat goes on."""
-    hub.fault("GET /cdn", rate=40_000)
-    here = Start(TEST_HOST="here", TEST_STALE_S=2).go()
-    wait_for(hub, "GET /cdn")
-    there = Start(TEST_HOST="there", TEST_STALE_S=2).go()
+    hub.fault("GET /cdn", hold=5000)
+    here = Start(TEST_HOST="here", TEST_STALE_S=4).go()
+    wait_for_download(hub)
+    there = Start(TEST_HOST="there", TEST_STALE_S=4).go()
+    there.until_it_says("waiting for another worker")
+    time.sleep(5)
+    hub.go_on()
     said = there.end()
     assert (here.end()["source"], said["source"], right(said["path"])) == ("download", "volume", True)
     assert {hub.got(path) for path in FILES} == {1}
@@ -176,9 +200,9 @@ def test_two_hosts_download_once(hub: Hub) -> None:
 
 @pytest.mark.engine
 def test_a_lost_host_is_taken_over_when_its_heartbeat_stands_still(hub: Hub) -> None:
-    hub.fault("GET /cdn", rate=40_000)
+    hub.fault("GET /cdn", hold=5000)
     here = Start(TEST_HOST="here", TEST_STALE_S=2).go()
-    wait_for(hub, "GET /cdn")
+    wait_for_download(hub)
     assert here.kill()
     hub.mend()
     there = Start(TEST_HOST="there", TEST_STALE_S=2).go()
@@ -194,22 +218,17 @@ def test_a_lost_host_is_taken_over_when_its_heartbeat_stands_still(hub: Hub) -> 
 def test_twenty_kills_leave_nothing_that_passes_for_whole(
     hub: Hub, machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL at random moments, spread over a download's duration. What one leaves, the next one finds."""
+    """SIGKILL at random moments of a download. What one leaves, the next one finds."""
     hub.fault("GET /cdn", rate=100_000)
-    whole = Start()
-    begin = time.monotonic()
-    assert right(whole.go().end()["path"])
-    duration = time.monotonic() - begin
-    shutil.rmtree(machine / "volume" / "huggingface-cache")
-
     monkeypatch.setattr(volume, "RETRY_S", ())
     chance = random.Random(20)
-    moments = [(number + chance.random()) / 20 * duration for number in range(20)]
-    chance.shuffle(moments)
+    duration = 5.0
     in_the_middle = 0
-    for moment in moments:
-        start = Start().go()
-        time.sleep(moment)
+    while in_the_middle < 20:
+        start, moment = Start().go(), chance.random() * duration
+        with suppress(subprocess.TimeoutExpired):
+            start.process.wait(moment)
+            duration = max(0.1, moment)  # so long it does not take
         in_the_middle += start.kill()
         assert "waiting for another worker" not in start.log, "the lock of a killed process is free at once"
         with monkeypatch.context() as patch:
@@ -220,7 +239,6 @@ def test_twenty_kills_leave_nothing_that_passes_for_whole(
                 continue
         assert right(model.path), "a partial model was taken for a whole one"
         shutil.rmtree(machine / "volume" / "huggingface-cache")
-    assert in_the_middle >= 10
     hub.mend()
     last = Start().go()
     assert right(last.end()["path"])

@@ -95,6 +95,8 @@ async def test_an_openai_route_reaches_its_own_model() -> None:
         ({"text": "a", "count": True}, "count", "invalid_value", "integer"),
         ({"text": "a", "count": 2.5}, "count", "invalid_value", "integer"),
         ({"text": "a", "count": 10}, "count", "invalid_value", "less than or equal to 9"),
+        ({"text": "a", "count": 10**70}, "count", "invalid_value", "less than"),
+        ({"openai_route": 10**70}, "openai_route", "unknown_route", "/v1/echo"),
         ({"text": "a", "parts": ["b", 7]}, "parts.1", "invalid_value", "7"),
         ({"txt": "a"}, "txt", "unknown_field", "Did you mean 'text'?"),
         ({"text": "a", "cuont": 2}, "cuont", "unknown_field", "Did you mean 'count'?"),
@@ -117,6 +119,18 @@ async def test_a_wrong_input_gets_one_error_that_names_the_field(
 async def test_an_error_message_does_not_carry_a_large_value() -> None:
     error = await error_of(echo, {"id": "1", "input": {"text": ["x" * 100_000]}})
     assert len(error["message"]) < 200
+    error = await error_of(echo, {"id": "1", "input": {"x" * 9_000_000: 1}})
+    assert len(error["message"]) + len(error["param"]) < 5_000
+    assert error["message"].endswith("Allowed: text, count, parts.")
+
+
+@pytest.mark.parametrize(
+    "payload", [{"text": ["a\ud83d"]}, {"openai_route": "\ud83d"}, {"text": {"\ud83d": 1}}]
+)
+async def test_half_a_surrogate_pair_does_not_keep_an_error_from_being_sent(payload: Any) -> None:
+    result = await echo({"id": "1", "input": payload})
+    json.dumps(result, ensure_ascii=False).encode()  # as the SDK does
+    assert "\ufffd" in json.loads(result["error"])["message"]
 
 
 json_values = st.recursive(

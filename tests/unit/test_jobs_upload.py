@@ -120,10 +120,10 @@ async def test_an_upload_that_fails_is_told(bucket: tuple[str, dict[str, bytes]]
     assert "top-secret" not in problem["message"]
 
 
-async def test_half_a_configuration_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("s3", [{"accessId": "a", "accessSecret": "b", "bucketName": "c"}, "mine"])
+async def test_half_a_configuration_is_none(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The SDK would write the result into a folder of the container and call that uploaded."""
     monkeypatch.chdir(tmp_path)
-    s3 = {"accessId": "a", "accessSecret": "b", "bucketName": "c"}
     problem = json.loads((await large({"id": "job-10", "input": {}, "s3Config": s3}))["error"])
     assert problem["code"] == "result_too_large"
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The lock between processes and hosts. Waits are shortened; every bound has slack for a busy machine."""
+"""The lock between processes and hosts, on a clock that only its own waiting moves."""
 
 from __future__ import annotations
 
@@ -8,20 +8,43 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from shared import lock as module
-from shared.lock import lock
+from shared.lock import STALE_S, lock
+
+
+class Clock:
+    """In the place of `time` in shared.lock. `each` is called in every sleep."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.each: Callable[[], None] = lambda: None
+        self._mutex = threading.Lock()
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        with self._mutex:
+            self.now += seconds
+            self.each()
+        time.sleep(0.001)
+
+    def stand_still(self) -> None:
+        """As `each`: however long a holder takes here, no waiter calls it lost."""
+        self.now = 0.0
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BEAT_S", 0.1)
-    monkeypatch.setattr(module, "STALE_S", 0.6)
-    monkeypatch.setattr(module, "_POLL_S", 0.02)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
 
 
 def held_elsewhere(folder: Path, number: int = 1) -> Path:
@@ -33,12 +56,13 @@ def held_elsewhere(folder: Path, number: int = 1) -> Path:
 
 
 def seconds_to_get(folder: Path) -> float:
-    begin = time.monotonic()
+    begin = module.time.monotonic()
     with lock(folder):
-        return time.monotonic() - begin
+        return module.time.monotonic() - begin
 
 
-def test_one_at_a_time_and_all_in_the_end(tmp_path: Path) -> None:
+def test_one_at_a_time_and_all_in_the_end(tmp_path: Path, clock: Clock) -> None:
+    clock.each = clock.stand_still
     inside: list[int] = []
 
     def work(number: int) -> int:
@@ -57,32 +81,24 @@ def test_one_at_a_time_and_all_in_the_end(tmp_path: Path) -> None:
 def test_is_free_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), lock(tmp_path):
         raise RuntimeError
-    assert seconds_to_get(tmp_path) < 0.5
+    assert seconds_to_get(tmp_path) == 0
 
 
-def test_a_beating_lock_of_another_host_is_waited_for(tmp_path: Path) -> None:
+def test_a_beating_lock_of_another_host_is_waited_for(tmp_path: Path, clock: Clock) -> None:
     held = held_elsewhere(tmp_path / "lock")
-    stop = threading.Event()
+    beats = iter(range(100))
 
     def beat() -> None:
         # A clock that is a day behind and a beat that goes backwards: only change counts.
-        for step in range(1, 1000):
-            if stop.wait(0.1):
-                return
+        if (step := next(beats, None)) is not None:
             os.utime(held, (1e9 - step, 1e9 - step))
+            clock.now += STALE_S / 2
 
-    with ThreadPoolExecutor(2) as pool:
-        beating = pool.submit(beat)
-        waiting = pool.submit(seconds_to_get, tmp_path / "lock")
-        time.sleep(1.2)
-        taken = waiting.done()
-        stop.set()
-        beating.result()
-        assert not taken, "from a holder that lives"
-        assert waiting.result() > 1.6, "taken before it had stood still for STALE_S"
+    clock.each = beat
+    assert seconds_to_get(tmp_path / "lock") > 100 * STALE_S / 2 + STALE_S
 
 
-def test_a_still_lock_of_another_host_is_taken_over_by_one(tmp_path: Path) -> None:
+def test_a_still_lock_of_another_host_is_taken_over_by_one(tmp_path: Path, clock: Clock) -> None:
     held_elsewhere(tmp_path / "lock", 7)
     inside, most = 0, 0
 
@@ -91,14 +107,13 @@ def test_a_still_lock_of_another_host_is_taken_over_by_one(tmp_path: Path) -> No
         with lock(tmp_path / "lock"):
             inside += 1
             most = max(most, inside)
+            clock.each = clock.stand_still
             time.sleep(0.02)
             inside -= 1
 
-    begin = time.monotonic()
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
     assert most == 1
-    assert time.monotonic() - begin > 0.6
 
 
 def test_an_old_view_of_the_folder_does_not_make_a_second_holder(
@@ -110,7 +125,7 @@ def test_an_old_view_of_the_folder_does_not_make_a_second_holder(
     views = iter([3])
     last = module._last
     monkeypatch.setattr(module, "_last", lambda folder: next(views, None) or last(folder))
-    assert seconds_to_get(tmp_path / "lock") > 0.6
+    assert seconds_to_get(tmp_path / "lock") > STALE_S
 
 
 def test_a_dead_process_of_this_host_is_not_waited_for(tmp_path: Path) -> None:
@@ -119,29 +134,26 @@ def test_a_dead_process_of_this_host_is_not_waited_for(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code, tmp_path], cwd=Path(__file__).parents[2], check=False)
     assert (tmp_path / "1").exists()
     assert not (tmp_path / "1.free").exists()
-    assert seconds_to_get(tmp_path) < 0.5
+    assert seconds_to_get(tmp_path) == 0
 
 
 def test_a_process_number_that_is_in_use_again_is_another_process(tmp_path: Path) -> None:
     with lock(tmp_path):
         holder = json.loads((tmp_path / "1").read_text())
     (tmp_path / "2").write_text(json.dumps({**holder, "began": "1"}))
-    assert seconds_to_get(tmp_path) < 0.5
+    assert seconds_to_get(tmp_path) == 0
 
 
 def test_a_lock_that_was_only_begun_is_taken_over(tmp_path: Path) -> None:
     (tmp_path / "1").touch()
-    assert 0.6 < seconds_to_get(tmp_path) < 10
+    assert STALE_S < seconds_to_get(tmp_path) < STALE_S + 1
 
 
-def test_a_waiter_says_so_once_a_while(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(module, "SAY_S", 0.25)
+def test_a_waiter_says_so_once_a_while(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     held_elsewhere(tmp_path / "lock")
     seconds_to_get(tmp_path / "lock")
     said = [line for line in capsys.readouterr().out.splitlines() if "waiting for another worker" in line]
-    assert 2 <= len(said) <= 4, said
+    assert [line.partition(" so far")[0].split(", ")[-1] for line in said] == ["0 s", "10 s", "20 s"]
 
 
 def test_an_unwritable_place_is_an_error_at_once() -> None:
@@ -160,4 +172,4 @@ def test_a_full_disk_leaves_no_lock_behind(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
     with monkeypatch.context() as patch, lock(tmp_path):
         patch.setattr(Path, "touch", full)
-    assert seconds_to_get(tmp_path) < 0.5
+    assert seconds_to_get(tmp_path) == 0

@@ -198,6 +198,7 @@ def test_sigmoid_takes_any_score() -> None:
     assert worker.sigmoid(0) == 0.5
     assert worker.sigmoid(-1e30) == 0
     assert worker.sigmoid(1e30) == 1
+    assert math.isnan(worker.sigmoid(math.nan)), "no rank, but an error: shared.jobs refuses it"
     assert worker.sigmoid(2) == pytest.approx(1 - worker.sigmoid(-2))
 
 

@@ -484,7 +484,7 @@ def query_too_long(limit: int | None) -> JobError:
 
 
 def sigmoid(score: float) -> float:
-    return 1 / (1 + math.exp(-score)) if score > -700 else 0.0
+    return 0.0 if score < -700 else 1 / (1 + math.exp(-score))
 
 
 def as_object(document: str | dict[str, Any]) -> dict[str, Any]:
