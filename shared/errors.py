@@ -9,7 +9,7 @@ _LONGEST = 2000
 
 
 def whole(text: str) -> str:
-    """`text` as it can be sent: half a surrogate pair, which JSON can name and UTF-8 cannot hold, is U+FFFD."""
+    """`text` as it can be sent: U+FFFD for half a surrogate pair, which JSON can name and UTF-8 cannot."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 

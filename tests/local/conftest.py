@@ -12,12 +12,12 @@ HANDLERS = Path(__file__).parent / "handlers"
 # RunPod's own bounds for the deadlines are too long for a test.
 RULES = Rules(
     ping_interval=1,
-    missed_pings=3,
+    missed_pings=6,
     execution_timeout_range=(0.1, 60),
     ttl_range=(0.1, 60),
     webhook_delay=0.1,
     restart_delay=0.1,
-    grace=10,
+    grace=20,
 )
 
 
@@ -46,7 +46,7 @@ class Client:
     def runsync(self, **order: Any) -> Any:
         return self.post("runsync", {"input": order})
 
-    def wait(self, name: str, *states: str, seconds: float = 30) -> Any:
+    def wait(self, name: str, *states: str, seconds: float = 120) -> Any:
         """The job once it is in one of `states`, or at its end."""
         final = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
         job: Any = None
@@ -60,7 +60,7 @@ class Client:
         return job
 
 
-def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+def until(condition: Callable[[], bool], seconds: float = 120) -> None:
     """Wait for `condition`; fails after `seconds`, which leave room for a busy machine."""
     deadline = time.monotonic() + seconds
     while not condition():

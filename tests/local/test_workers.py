@@ -75,14 +75,15 @@ def test_the_platforms_environment_and_log(three: Client) -> None:
     assert worker.ready_after is not None
     assert 0 < worker.ready_after < 60
     assert any("Starting Serverless Worker" in line for line in worker.lines)
-    assert len(group(worker.pid)) == 2  # The worker and its heartbeat.
+    assert len(group(worker.pid)) >= 2  # The worker, its heartbeat and what multiprocessing may add.
 
 
-def test_a_killed_worker_loses_its_job_to_another(three: Client, notes: Path) -> None:
-    name = three.run(sleep=3)
+def test_a_killed_worker_loses_its_job_to_another(three: Client, notes: Path, tmp_path: Path) -> None:
+    name = three.run(gate=str(tmp_path / "gate"))
     victim = who_runs(three, name)
     until(lambda: starts(notes, name) == [victim.id])
     os.kill(victim.pid, signal.SIGKILL)
+    (tmp_path / "gate").touch()
     job = three.wait(name)
     assert (job["status"], job["retries"]) == ("COMPLETED", 1)
     assert job["workerId"] == job["output"]["worker"] != victim.id
@@ -96,11 +97,14 @@ def test_a_killed_worker_loses_its_job_to_another(three: Client, notes: Path) ->
     assert three.get("health")["workers"]["idle"] == 3
 
 
-def test_a_frozen_worker_loses_its_job_and_its_late_result_is_refused(three: Client, notes: Path) -> None:
-    name = three.run(sleep=3)
+def test_a_frozen_worker_loses_its_job_and_its_late_result_is_refused(
+    three: Client, notes: Path, tmp_path: Path
+) -> None:
+    name = three.run(gate=str(tmp_path / "gate"))
     frozen = who_runs(three, name)
     until(lambda: starts(notes, name) == [frozen.id])
     os.killpg(frozen.pid, signal.SIGSTOP)
+    (tmp_path / "gate").touch()
     until(lambda: three.get("health")["workers"]["unhealthy"] == 1)
     job = three.wait(name)
     assert job["workerId"] != frozen.id
@@ -118,13 +122,14 @@ def test_a_job_that_kills_its_workers_fails(three: Client, notes: Path) -> None:
     three.platform.call(three.platform.wait_ready(60, count=3))
 
 
-def test_sigterm_lets_the_job_finish_and_no_other_start(three: Client, notes: Path) -> None:
-    name = three.run(sleep=4)
+def test_sigterm_lets_the_job_finish_and_no_other_start(three: Client, notes: Path, tmp_path: Path) -> None:
+    name = three.run(gate=str(tmp_path / "gate"))
     leaver = who_runs(three, name)
     until(lambda: starts(notes, name) == [leaver.id])
     leaver.terminate()
     assert leaver.state == "draining"
     others = [three.run(n=n) for n in range(6)]
+    (tmp_path / "gate").touch()
     job = three.wait(name)
     assert (job["status"], job["workerId"]) == ("COMPLETED", leaver.id)
     assert leaver.id not in {three.wait(other)["workerId"] for other in others}
@@ -133,17 +138,18 @@ def test_sigterm_lets_the_job_finish_and_no_other_start(three: Client, notes: Pa
     assert len(three.platform.workers) == 2  # It is not replaced.
 
 
-def test_stop_pod_replaces_a_worker_after_its_other_jobs(notes: Path) -> None:
+def test_stop_pod_replaces_a_worker_after_its_other_jobs(notes: Path, tmp_path: Path) -> None:
     env = {"NOTES": str(notes), "RUNPOD_LOG_LEVEL": "INFO", "CONCURRENCY": "4"}
     with running(HANDLERS / "echo.py", env=env, rules=RULES) as platform:
         client = Client(platform)
         (first,) = platform.workers
-        slow = client.run(sleep=5)
+        slow = client.run(gate=str(tmp_path / "gate"))
         until(lambda: starts(notes, slow) == [first.id])
         refresh = client.runsync(**{"return": "refresh"})
         assert refresh["output"] == {"worker": first.id}
         assert client.get("health")["workers"]["idle"] == 0
         after = client.run(n=1)
+        (tmp_path / "gate").touch()
         assert client.wait(slow)["workerId"] == first.id
         assert client.wait(after)["workerId"] != first.id
         assert first.returncode == 0
@@ -237,7 +243,7 @@ def test_workers_end_with_a_platform_that_is_killed(tmp_path: Path) -> None:
     ) as process:
         assert process.stdout is not None
         pid = int(process.stdout.readline())
-        assert len(group(pid)) == 2
+        assert len(group(pid)) >= 2
         process.kill()
     until(lambda: not group(pid))
 
@@ -256,13 +262,13 @@ def test_the_command_line_runs_the_test_input(tmp_path: Path) -> None:
     shutil.copy(HANDLERS / "echo.py", handler)
     (tmp_path / "test_input.json").write_text('{"input": {"n": 1, "big": 5000}}')
     command = [sys.executable, "-m", "local", "run", str(handler)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0
     assert '"status": "COMPLETED"' in result.stdout
     assert "(5000 characters)" in result.stdout
     assert re.search(r"request to answer +\d+\.\d ms", result.stdout)
     (tmp_path / "test_input.json").write_text('{"input": {"raise": "oh no"}}')
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60).returncode == 1
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).returncode == 1
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="the example that it pastes is a curl command")
@@ -287,7 +293,7 @@ def test_the_command_line_serves_and_its_example_works(tmp_path: Path) -> None:
         ).stdout
         assert answer == "[2, 2]\n"
         server.send_signal(signal.SIGINT)
-        assert server.wait(20) == 0
+        assert server.wait(60) == 0
     url = re.search(r"http://\S+/v2/local", guide)
     assert url is not None
     with pytest.raises(requests.ConnectionError):
@@ -302,6 +308,6 @@ def test_the_command_line_can_be_interrupted_while_the_worker_loads(tmp_path: Pa
         assert server.stderr is not None
         until(lambda: log.exists() and bool(log.read_text()))
         server.send_signal(signal.SIGTERM)
-        assert server.wait(20) == 130
+        assert server.wait(60) == 130
         assert "Traceback" not in (errors := server.stderr.read())
         assert "phase=load" in errors

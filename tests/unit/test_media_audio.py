@@ -1,11 +1,13 @@
 """Sound in every format that soundfile writes and, with ffmpeg, that browsers and phones record."""
 
+import gc
 import importlib.util
 import io
 import os
 import shutil
 import struct
 import subprocess
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -399,22 +401,25 @@ def test_a_playlist_does_not_open_local_files(ffmpeg, tmp_path, playlist):
 def test_ffmpeg_is_killed_when_it_takes_too_long(tmp_path, monkeypatch):
     without_av(monkeypatch)
     program = tmp_path / "ffmpeg"
-    program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
+    program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 600\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(media, "_FFMPEG_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(media, "_FFMPEG_TIMEOUT_S", 3)  # time enough to write its number
     started = time.monotonic()
     assert refusal(b"not audio").code == "bad_audio"
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 100
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 @needs_ffmpeg
-def test_nothing_is_left_behind(ffmpeg, tmp_path):
+def test_nothing_is_left_behind(ffmpeg, tmp_path, monkeypatch):
     data = recording(tmp_path, RECORDINGS["m4a"])
-    files, open_files = set(os.listdir("/tmp")), len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    gc.collect()  # what earlier tests have left open is closed before it is counted
+    open_files = len(os.listdir("/proc/self/fd"))
     load_audio(data, rate=16_000)
     refusal(b"garbage")
-    assert len(os.listdir("/proc/self/fd")) == open_files
-    assert {name for name in set(os.listdir("/tmp")) - files if "audio" in name or "ffmpeg" in name} == set()
+    assert len(os.listdir("/proc/self/fd")) <= open_files
+    assert list((tmp_path / "tmp").iterdir()) == []

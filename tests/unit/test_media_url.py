@@ -63,7 +63,14 @@ def redirect(url: str) -> list[bytes | float]:
 def server(monkeypatch):
     from runpod.serverless.utils import rp_ssrf
 
-    checked = rp_ssrf.resolve_and_validate
+    checked, found = rp_ssrf.resolve_and_validate, socket.getaddrinfo
+
+    def look_up(host, *arguments, **options):
+        if str(host).endswith(".invalid"):  # a name server that is out of reach takes half a minute to say so
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return found(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
     monkeypatch.setattr(
         rp_ssrf,
         "resolve_and_validate",
@@ -206,25 +213,27 @@ DRIPS = {
 
 @pytest.mark.parametrize("drip", DRIPS)
 async def test_a_slow_server_cannot_exceed_the_time_limit(server, drip):
-    """The limit is 0.5 s and the bound ten times that: only a limit that does not hold takes longer. The end
-    of the thread is seen from the server, whose connection breaks."""
+    """The limit is 0.5 s, and only one that does not hold takes 15: the server is busy for at least 20. The
+    end of the thread is seen from the server, whose connection breaks."""
     server.replies["/a"] = DRIPS[drip]
     started = time.monotonic()
     error = await refusal(f"http://allowed.test:{server.port}/a?sig={SECRET}", timeout_s=0.5)
     assert error.code == "download_timeout"
-    assert 0.4 < time.monotonic() - started < 5
+    assert 0.4 < time.monotonic() - started < 15
     if drip != "silence":
-        assert await asyncio.to_thread(server.client_gone.wait, 5)
+        assert await asyncio.to_thread(server.client_gone.wait, 15)
 
 
 async def test_a_cancelled_job_ends_its_download(server):
     server.replies["/a"] = DRIPS["body"]
     task = asyncio.create_task(load_bytes(f"http://allowed.test:{server.port}/a", param="x"))
-    await asyncio.sleep(0.3)
+    async with asyncio.timeout(20):
+        while not server.asked:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert await asyncio.to_thread(server.client_gone.wait, 5)
+    assert await asyncio.to_thread(server.client_gone.wait, 15)
 
 
 async def test_the_time_limit_leaves_the_next_download_alone(server):

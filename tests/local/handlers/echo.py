@@ -1,4 +1,5 @@
-"""Does what its input says: `sleep`, `block`, `big`, `raise`, `exit`, `return` (one of RETURNS).
+"""Does what its input says: `sleep`, `gate`, `block`, `big`, `raise`, `exit`, `return` (one of RETURNS).
+With `gate`, the path of a file, it ends when that is there.
 
 Notes its jobs in the file NOTES: `<event> <job's id> <worker's id>`.
 """
@@ -33,6 +34,8 @@ async def handler(job):
     time.sleep(order.get("block", 0))  # noqa: ASYNC251 (it is to block)
     try:
         await asyncio.sleep(order.get("sleep", 0))
+        while "gate" in order and not os.path.exists(order["gate"]):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
     except asyncio.CancelledError:
         note("cancelled", job)
         raise
