@@ -3,7 +3,7 @@
     server = EngineServer("vllm", lambda port: ["vllm", "serve", path, "--port", str(port)])
     server.start()  # until its health answers; StartError says why it cannot
     answer = await server.request("POST", "/v1/completions", body)
-    async for events in coalesce(server.stream("/v1/completions", body)):
+    async for events in relay(server.stream("/v1/completions", body)):
         yield events
 
 A child process, because an engine's Python interfaces change with every release and its pins do not go with
@@ -36,7 +36,7 @@ import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from shared import reaper
@@ -44,10 +44,10 @@ from shared.errors import JobError, StartError
 from shared.jobs import ENGINE_DIED, serving
 from shared.logs import log, redact
 from shared.startup import classify_log
-from shared.streaming import sse_events
+from shared.streaming import STREAM_LIMIT, sse_events
 
 if TYPE_CHECKING:
-    from aiohttp import AddrInfoType, ClientResponse, ClientSession
+    from aiohttp import AddrInfoType, ClientResponse, ClientSession, StreamReader
 
 KEEP_ALIVE_S = 3.0  # shorter than the 5 s after which uvicorn closes an idle connection
 PROBE_S = 10.0
@@ -56,6 +56,17 @@ LAST_LINES = 200
 LINE_LENGTH = 4000  # RunPod's log cuts there
 POST_S = 15.0  # what the SDK may take to post the errors of the jobs in flight
 
+STREAM_END = re.compile(
+    r"""^data:[ ]?\[DONE\]                                           # chat and completions
+    | ^event:[ ]?(?:response\.(?:completed|failed|incomplete)|message_stop)$  # responses, messages
+    | "generated_text":[ ]?"                                       # TGI's own""",
+    re.MULTILINE | re.VERBOSE,
+)
+"""What the last events of a stream have, and no others."""
+
+FIRST_S = 0.005  # a chat's role comes by itself, just before the first token
+
+_ERROR = re.compile(r'^(?:event: ?error\ndata: ?(?=\{)|data: ?(?=\{ ?"error"))(?P<data>.*)', re.MULTILINE)
 _PORT_TAKEN = re.compile(r"address already in use|errno: ?98|errno 98|EADDRINUSE", re.IGNORECASE)
 _LEVEL = re.compile(r"\b(WARNING|WARN|ERROR|CRITICAL)\b")
 _NOT_FOR_ENGINE = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RUNPOD_AI_API_KEY")
@@ -108,17 +119,29 @@ class EngineClient:
     async def stream(
         self, path: str, body: Any, *, headers: Mapping[str, str] | None = None
     ) -> AsyncGenerator[str]:
-        """The server-sent events that a POST is answered with, each whole; for `shared.streaming.coalesce`.
+        """The server-sent events that a POST is answered with: at a time those that have come, each whole.
+
+        For `shared.streaming.relay`. With a connection that breaks, what was not taken yet is lost.
 
         Closed early, it closes the connection, upon which the engine drops the request. An event that holds
-        an error is raised as one: engines send them under HTTP status 200.
+        an error is raised as one, after those before it: engines send them under HTTP status 200. An answer
+        that ends without its last event (STREAM_END) is a lost connection, though HTTP may call it whole.
         """
+        import aiohttp
+
+        ended = False
         async with self._answer("POST", path, body, headers) as response:
-            async for event in sse_events(response.content.iter_any()):
-                if event.removeprefix("data:").lstrip().startswith('{"error"'):
-                    await self._check()
-                    raise problem(500, _parse(event.removeprefix("data:").strip()))
-                yield event
+            async with aclosing(sse_events(_reads(response.content))) as blocks:
+                async for events in blocks:
+                    if error := _ERROR.search(events):
+                        if before := events[: error.start()]:
+                            yield before
+                        await self._check()
+                        raise problem(500, _parse(error["data"]))
+                    ended = ended or bool(STREAM_END.search(events))
+                    yield events
+            if not ended:
+                raise aiohttp.ClientPayloadError("the stream stopped before its end")
 
     @asynccontextmanager
     async def _answer(
@@ -179,12 +202,26 @@ class EngineClient:
                 limit=0, keepalive_timeout=KEEP_ALIVE_S, socket_factory=_probing_socket
             )
             new = aiohttp.TCPConnector(limit=0, force_close=True, socket_factory=_probing_socket)
-            self._pooled = aiohttp.ClientSession(connector=pool, timeout=timeout, headers=self.headers)
-            self._fresh = aiohttp.ClientSession(connector=new, timeout=timeout, headers=self.headers)
+            options: dict[str, Any] = {"timeout": timeout, "headers": self.headers}
+            options["read_bufsize"] = STREAM_LIMIT  # of a stream that waits while its last part is posted
+            self._pooled = aiohttp.ClientSession(connector=pool, **options)
+            self._fresh = aiohttp.ClientSession(connector=new, **options)
             # asyncio.run closes generators before it closes its loop, and this one the sessions with itself.
             self._keeper = _hold(self._pooled, self._fresh)
             await anext(self._keeper)
         return self._pooled, self._fresh
+
+
+async def _reads(body: StreamReader) -> AsyncGenerator[bytes]:
+    """All that has come, each time; what comes right after the first part goes with it, not a post later."""
+    first = True
+    async for data in body.iter_any():
+        if first:
+            first = False
+            await asyncio.sleep(FIRST_S)
+            if body.exception() is None:
+                data += body.read_nowait()
+        yield data
 
 
 def _probing_socket(address: AddrInfoType) -> socket.socket:

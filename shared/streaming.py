@@ -1,6 +1,8 @@
 """What a generator yields to the SDK, which posts each yield and asks for the next when that is answered.
 
-async for chunk in coalesce(sse_events(response.content.iter_any())):
+async for chunk in relay(sse_events(response.content.iter_any())):  # the body keeps what comes meanwhile
+    yield chunk
+async for chunk in coalesce(tokens()):  # here nobody else would
     yield chunk
 """
 
@@ -10,9 +12,10 @@ import asyncio
 import codecs
 import io
 import json
+import re
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext, suppress
 
 from shared.errors import JobError, whole
 
@@ -21,6 +24,49 @@ STREAM_LIMIT = 1_000_000
 
 _ENVELOPE = len('{"output": ""}')  # what the SDK puts around a chunk
 _json = json.JSONEncoder(ensure_ascii=False).encode
+_BLANKS = re.compile("\n{3,}")
+_EVENT = re.compile(r".*?\n\n|.+", re.DOTALL)  # an event, or a text's last part
+_closings: set[asyncio.Task[None]] = set()
+
+
+async def relay(source: AsyncIterator[str], *, max_bytes: int = STREAM_LIMIT) -> AsyncIterator[str]:
+    """Yield what `source` gives, for one that gives at once all that has come since it was last asked.
+
+    Nothing runs while a chunk is posted, so many streams cost little. What takes more than `max_bytes` as the
+    SDK posts it is cut after blank lines, which end server-sent events, and where that does not do, between
+    characters.
+
+    An error of the source is raised as it comes. The source is closed as `coalesce` closes it, save that a
+    job cancelled while it waits for the source closes it itself, which a second cancel would break into: a
+    body that awaits nothing to be closed does not mind.
+    """
+    room = max_bytes - _ENVELOPE
+    closing: list[asyncio.Task[None]] = []
+
+    def stop(_: object = None) -> None:
+        if not closing:
+            closing.append(asyncio.get_running_loop().create_task(_close(source)))
+            _closings.add(closing[0])
+            closing[0].add_done_callback(_closings.discard)
+
+    job = asyncio.current_task()
+    assert job is not None
+    job.add_done_callback(stop)
+    try:
+        async for text in source:
+            if _at_most(text) > room:
+                for chunk in _chunks(_EVENT.findall(text), room):
+                    yield chunk
+            elif text:
+                yield whole(text)
+    except asyncio.CancelledError:
+        if job.cancelling():
+            raise
+        raise _gave_up() from None
+    finally:
+        job.remove_done_callback(stop)
+        stop()
+        await asyncio.wait(closing)
 
 
 async def coalesce(source: AsyncIterator[str], *, max_bytes: int = STREAM_LIMIT) -> AsyncIterator[str]:
@@ -35,27 +81,39 @@ async def coalesce(source: AsyncIterator[str], *, max_bytes: int = STREAM_LIMIT)
     generator of a job that it cancels. So the job's own task must do the iterating.
     """
     room = max_bytes - _ENVELOPE
-    waiting: deque[tuple[str, int]] = deque()
-    held = 0
+    waiting: deque[tuple[str, int]] = deque()  # each with its bytes
+    fresh: list[str] = []  # what is not measured yet: together at most `guess` bytes
+    held = guess = 0
     arrived, taken = asyncio.Event(), asyncio.Event()
 
+    def measure() -> None:
+        nonlocal held, guess
+        for unit in fresh:
+            for piece in _pieces(unit, room):
+                waiting.append(piece)
+                held += piece[1]
+        fresh.clear()
+        guess = 0
+
     async def read() -> None:
-        nonlocal held
+        nonlocal guess
         try:
             async with _closing(source):
                 async for unit in source:
-                    for piece in _pieces(unit, room):
-                        waiting.append(piece)
-                        held += piece[1]
-                        arrived.set()
+                    if not unit:
+                        continue
+                    fresh.append(unit)
+                    guess += _at_most(unit)
+                    arrived.set()
+                    if held + guess >= room:
+                        measure()
                     while held >= room:
                         taken.clear()
                         await taken.wait()
         except asyncio.CancelledError:
             if reader.cancelling():
                 raise
-            # The source gave up by itself; passed on, this would end the job without any answer.
-            raise RuntimeError("the source of the stream was cancelled") from None
+            raise _gave_up() from None
         finally:
             arrived.set()
 
@@ -68,19 +126,22 @@ async def coalesce(source: AsyncIterator[str], *, max_bytes: int = STREAM_LIMIT)
     assert job is not None
     job.add_done_callback(stop)
     try:
-        while waiting or not reader.done():
+        while waiting or fresh or not reader.done():
+            if fresh and not waiting and guess <= room:
+                chunk = whole("".join(fresh))
+                fresh.clear()
+                guess = 0
+                yield chunk
+                continue
+            measure()
             if not waiting:
                 arrived.clear()
                 await arrived.wait()
                 continue
-            size, chunk = 0, list[str]()
-            while waiting and (not chunk or size + waiting[0][1] <= room):
-                text, more = waiting.popleft()
-                chunk.append(text)
-                size += more
+            chunk, size = _take(waiting, room)
             held -= size
             taken.set()
-            yield "".join(chunk)
+            yield chunk
         reader.result()
     finally:
         job.remove_done_callback(stop)
@@ -88,20 +149,19 @@ async def coalesce(source: AsyncIterator[str], *, max_bytes: int = STREAM_LIMIT)
         await asyncio.wait([reader])
 
 
-async def sse_events(body: AsyncIterator[bytes]) -> AsyncIterator[str]:
-    r"""The server-sent events of an HTTP body, however it is cut, each whole and ending in a blank line.
+async def sse_events(body: AsyncIterator[bytes]) -> AsyncGenerator[str]:
+    r"""The server-sent events of an HTTP body, however it is cut: at a time those that a read has made whole.
 
-    Every line end becomes `\n`, bytes that are not UTF-8 become U+FFFD. The last event may lack its blank
-    line; a body that ends within a line raises JobError.
+    Each ends in one blank line. Every line end becomes `\n`, bytes that are not UTF-8 become U+FFFD. The last
+    event may lack its blank line; a body that ends within a line raises JobError.
     """
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")("replace"), translate=True)
     rest = ""
     async with _closing(body):
         async for data in body:
-            *events, rest = (rest + decoder.decode(data)).split("\n\n")
-            for event in events:
-                if event := event.strip("\n"):
-                    yield f"{event}\n\n"
+            events, blank, rest = (rest + decoder.decode(data)).rpartition("\n\n")
+            if events := events.lstrip("\n"):
+                yield _BLANKS.sub("\n\n", events + blank)
     rest += decoder.decode(b"", final=True)
     if event := rest.strip("\n"):
         if not rest.endswith("\n"):
@@ -115,14 +175,33 @@ def error_event(error: JobError) -> str:
     return f"data: {json.dumps({'error': error.body()})}\n\ndata: [DONE]\n\n"
 
 
-def _pieces(unit: str, room: int) -> list[tuple[str, int]]:
-    """The unit, cut if it takes more than `room` bytes, with what each piece takes as JSON.
+def _at_most(text: str) -> int:
+    """The most bytes that `text` can take in JSON: the least that is said of it without reading it."""
+    return 6 * len(text)
 
-    Surrogates, which cannot be sent, are joined to characters, and lone ones become U+FFFD.
-    """
+
+def _chunks(units: Iterable[str], room: int) -> Iterator[str]:
+    """As many units at a time as take at most `room` bytes."""
+    waiting = deque(piece for unit in units for piece in _pieces(unit, room))
+    while waiting:
+        yield _take(waiting, room)[0]
+
+
+def _take(waiting: deque[tuple[str, int]], room: int) -> tuple[str, int]:
+    """The first pieces of `waiting`, as many as there is room for, and their bytes."""
+    size, chunk = 0, list[str]()
+    while waiting and (not chunk or size + waiting[0][1] <= room):
+        text, more = waiting.popleft()
+        chunk.append(text)
+        size += more
+    return "".join(chunk), size
+
+
+def _pieces(unit: str, room: int) -> list[tuple[str, int]]:
+    """The unit, cut if it takes more than `room` bytes, with what each piece takes as JSON."""
     unit = whole(unit)
     if (size := _size(unit)) <= room:
-        return [(unit, size)] if unit else []
+        return [(unit, size)]
     step = max(1, room // 24)  # no character takes more than 6 bytes, and four pieces fill a chunk well
     pieces = [unit[start : start + step] for start in range(0, len(unit), step)]
     return [(piece, _size(piece)) for piece in pieces]
@@ -130,6 +209,17 @@ def _pieces(unit: str, room: int) -> list[tuple[str, int]]:
 
 def _size(text: str) -> int:
     return len(_json(text).encode()) - 2
+
+
+def _gave_up() -> RuntimeError:
+    """In place of a source's own CancelledError: passed on, that would end the job without any answer."""
+    return RuntimeError("the source of the stream was cancelled")
+
+
+async def _close(source: object) -> None:
+    with suppress(Exception):  # nobody waits for it any more
+        async with _closing(source):
+            pass
 
 
 def _closing(source: object) -> AbstractAsyncContextManager[object]:

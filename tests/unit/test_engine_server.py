@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from shared import jobs, reaper
+from shared import engine_server, jobs, reaper
 from shared.engine_server import EngineClient, EngineFailed, EngineServer, problem
 from shared.errors import JobError, StartError
 from shared.jobs import Request, job_handler
 from shared.startup import classify, classify_log
-from shared.streaming import coalesce
+from shared.streaming import relay
 from tools.workers import ROOT
 
 ENGINE = Path(__file__).parent / "engines" / "engine.py"
@@ -223,27 +223,72 @@ def test_what_speaks_no_http_is_nobody() -> None:
 
 
 async def test_a_stream_is_whole_events(shared_server: Watched) -> None:
-    events = [event async for event in shared_server.stream("/stream", {"count": 3})]
-    assert events == [
-        *(f'data: {{"n": {number}, "text": "\U0001f33f"}}\n\n' for number in range(3)),
-        "data: [DONE]\n\n",
-    ]
+    parts = [part async for part in shared_server.stream("/stream", {"count": 3})]
+    events = [f'data: {{"n": {number}, "text": "\U0001f33f"}}\n\n' for number in range(3)]
+    assert "".join(parts) == "".join([*events, "data: [DONE]\n\n"])
+    assert all(part.startswith("data: ") and part.endswith("\n\n") for part in parts)
 
 
-async def test_an_error_within_a_stream_is_raised_after_what_came_before(shared_server: Watched) -> None:
-    events = shared_server.stream("/stream", {"count": 2, "then": "error"})
-    assert [await anext(events) for _ in range(2)]
-    with pytest.raises(JobError) as caught:
-        await anext(events)
-    assert caught.value.message == "it broke"
-    assert caught.value.type == "InternalServerError"
+async def broken(server: Watched, **body: Any) -> tuple[str, JobError]:
+    """What a stream gave before its error, and the error."""
+    before = ""
+    try:
+        async for part in server.stream("/stream", body):
+            before += part
+    except JobError as error:
+        return before, error
+    pytest.fail(f"no error after {before}")
+
+
+@pytest.mark.parametrize(
+    "event",
+    ['data: {"error": %s}', 'data:{"error":%s}', 'event: error\ndata: {"type":"error","error":%s}'],
+    ids=["vllm", "tgi", "anthropic"],
+)
+async def test_an_error_within_a_stream_is_raised_after_what_came_before(
+    shared_server: Watched, event: str
+) -> None:
+    told = '{"message": "it broke", "type": "InternalServerError", "param": null, "code": 500}'
+    before, error = await broken(shared_server, count=2, then=[event % told, "data: [DONE]"])
+    assert before.count("data: ") == 2
+    assert error.message == "it broke"
+    assert error.type == "InternalServerError"
 
 
 async def test_a_stream_that_is_cut_is_an_error(shared_server: Watched) -> None:
-    with pytest.raises(JobError) as caught:
-        async for _ in shared_server.stream("/stream", {"count": 2, "then": "cut"}):
-            pass
-    assert caught.value.type == "server_error"
+    _, error = await broken(shared_server, count=2, then="cut")
+    assert error.type == "server_error"
+
+
+async def test_a_stream_that_stops_before_its_end_is_a_lost_connection(shared_server: Watched) -> None:
+    """HTTP calls it whole: the server closed it in good order, but the engine never said that it was done."""
+    said = 'data: {"text": "data: [DONE]\\\\nevent: message_stop"}'
+    for last in ([], [said], ['data: {"generated_text":null}']):
+        before, error = await broken(shared_server, count=2, then=last)
+        assert before.count("data: {") == 2 + len(last)
+        assert (error.code, error.type) == ("engine_unreachable", "server_error")
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        "data: [DONE]", "data:[DONE]", "event: message_stop\ndata: {}", "event: response.completed\ndata: {}",
+        "event: response.incomplete\ndata: {}", "event: response.failed\ndata: {}",
+        'data:{"index":3,"token":{},"generated_text":"","details":null}',
+    ],
+)  # fmt: skip
+async def test_what_ends_a_stream(shared_server: Watched, last: str) -> None:
+    parts = [part async for part in shared_server.stream("/stream", {"count": 1, "then": [last]})]
+    assert "".join(parts).endswith(f"{last}\n\n")
+
+
+async def test_what_comes_right_after_the_first_event_goes_with_it(
+    shared_server: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The role of a chat's answer comes by itself, and would cost the first token a post of its own."""
+    monkeypatch.setattr(engine_server, "FIRST_S", 2.0)
+    parts = [part async for part in shared_server.stream("/stream", {"count": 3, "seconds": 0.01})]
+    assert parts[0].count("data: {") == 3
 
 
 async def test_a_closed_stream_frees_the_engine(shared_server: Watched) -> None:
@@ -255,7 +300,7 @@ async def test_a_closed_stream_frees_the_engine(shared_server: Watched) -> None:
 
 async def test_a_cancelled_job_frees_the_engine(shared_server: Watched) -> None:
     async def job(body: dict[str, Any]) -> None:
-        async for _ in coalesce(shared_server.stream("/stream", body)):
+        async for _ in relay(shared_server.stream("/stream", body)):
             await asyncio.sleep(3600)  # the SDK, posting
 
     for make in (

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import JobError
-from shared.streaming import STREAM_LIMIT, coalesce, error_event, sse_events
+from shared.streaming import STREAM_LIMIT, coalesce, error_event, relay, sse_events
 
 FAMILY = "👨‍👩‍👧‍👦"
 
@@ -66,8 +66,11 @@ async def until(condition):
             await asyncio.sleep(0.001)
 
 
-async def collected(source, pause=0.0, **options):
-    return await iterate(coalesce(source, **options), pause)
+async def collected(source, pause=0.0, through=coalesce, **options):
+    return await iterate(through(source, **options), pause)
+
+
+both = pytest.mark.parametrize("through", [coalesce, relay])
 
 
 @settings(max_examples=40, deadline=None)
@@ -76,10 +79,11 @@ async def collected(source, pause=0.0, **options):
     gaps=st.lists(st.sampled_from([0, 0, 0.0005, 0.002]), max_size=30),
     pause=st.sampled_from([0, 0.001, 0.005]),
     max_bytes=st.integers(20, 80),
+    through=st.sampled_from([coalesce, relay]),
 )
-async def test_any_timing_gives_the_same_text_within_the_limit(units, gaps, pause, max_bytes):
+async def test_any_timing_gives_the_same_text_within_the_limit(units, gaps, pause, max_bytes, through):
     engine = Engine(units, gaps)
-    chunks = await collected(engine(), pause, max_bytes=max_bytes)
+    chunks = await collected(engine(), pause, through, max_bytes=max_bytes)
     assert "".join(chunks) == "".join(units)
     assert all(chunks)
     assert all(posted(chunk) <= max_bytes for chunk in chunks)
@@ -107,6 +111,26 @@ async def test_the_first_unit_does_not_wait_and_the_rest_are_joined():
     assert chunks == ["<0>", "".join(f"<{n}>" for n in range(1, 10))]
 
 
+async def test_all_that_came_at_once_is_relayed_at_once_and_cut_between_events():
+    events = ["data: {}\n\n".format("x" * n) for n in range(1, 60)]
+    assert await collected(Engine(["".join(events)])(), through=relay) == ["".join(events)]
+    chunks = await collected(Engine(["".join(events)])(), through=relay, max_bytes=200)
+    assert "".join(chunks) == "".join(events)
+    assert all(posted(chunk) <= 200 for chunk in chunks)
+    assert all(chunk.endswith("\n\n") and chunk.startswith("data: ") for chunk in chunks)
+    assert any(chunk.count("data") > 1 for chunk in chunks)
+
+
+async def test_a_relayed_source_is_asked_only_when_the_consumer_is():
+    engine = Engine(["a", "b", "c"])
+    stream = relay(engine())
+    assert await anext(stream) == "a"
+    await asyncio.sleep(0.02)
+    assert engine.given == 1
+    await stream.aclose()
+    assert engine.cleaned_up
+
+
 async def test_units_are_not_cut_where_they_fit():
     units = ["data: {}\n\n".format("x" * n) for n in range(1, 60)]
     chunks = await collected(Engine(units)(), max_bytes=200)
@@ -115,9 +139,10 @@ async def test_units_are_not_cut_where_they_fit():
 
 
 @pytest.mark.parametrize("character", ["a", '"', "\n", "\x01", "é", "漢", "😀", FAMILY, "e\u0301"])
-async def test_a_unit_above_a_megabyte_is_cut_between_characters(character):
+@both
+async def test_a_unit_above_a_megabyte_is_cut_between_characters(character, through):
     unit = character * (3_000_000 // len(character.encode()))
-    chunks = await collected(Engine(["before", unit, "after"])())
+    chunks = await collected(Engine(["before", unit, "after"])(), through=through)
     assert "".join(chunks) == "before" + unit + "after"
     assert all(posted(chunk) <= STREAM_LIMIT for chunk in chunks)
     assert len(chunks) <= posted(unit) / STREAM_LIMIT * 1.4 + 2, "chunks are well filled"
@@ -143,40 +168,45 @@ async def test_a_slow_consumer_holds_the_engine_back():
     assert engine.given == 1000
 
 
-async def test_what_cannot_be_sent_is_replaced_and_pairs_are_joined():
-    chunks = await collected(Engine(["a\ud800b", "\ud83d\ude00"])())
+@both
+@pytest.mark.parametrize("max_bytes", [STREAM_LIMIT, 20])
+async def test_what_cannot_be_sent_is_replaced_and_pairs_are_joined(through, max_bytes):
+    chunks = await collected(Engine(["a\ud800b", "\ud83d\ude00"])(), through=through, max_bytes=max_bytes)
     assert "".join(chunks) == "a\ufffdb😀"
 
 
-async def test_an_error_comes_after_all_that_came_before():
+@both
+async def test_an_error_comes_after_all_that_came_before(through):
     engine = Engine(["a", "b", "c"], [0, 0.01, 0.01], ZeroDivisionError("engine died"))
     chunks = []
     with pytest.raises(ZeroDivisionError, match="engine died"):
-        await iterate(coalesce(engine()), 0.1, chunks)
+        await iterate(through(engine()), 0.1, chunks)
     assert "".join(chunks) == "abc"
     assert engine.cleaned_up
 
 
-async def test_a_source_that_was_cancelled_is_an_error_not_an_end():
+@both
+async def test_a_source_that_was_cancelled_is_an_error_not_an_end(through):
     async def source():
         yield "half an ans"
         raise asyncio.CancelledError
 
     chunks = []
     with pytest.raises(RuntimeError, match="cancelled"):
-        await iterate(coalesce(source()), 0, chunks)
+        await iterate(through(source()), 0, chunks)
     assert chunks == ["half an ans"]
 
 
 @pytest.mark.parametrize(
     "gaps", [[0.001] * 100_000, [0, *[60] * 999]], ids=["in its post", "waiting for the engine"]
 )
-async def test_the_end_of_the_job_closes_the_source(gaps):
+@both
+async def test_the_end_of_the_job_closes_the_source(gaps, through):
     """It takes two turns of the loop; a source that was left alone would go on for ages. Best of three, since
     other work may hold the machine."""
     for _ in range(3):
         engine, log = Engine(["x"] * len(gaps), gaps), []
-        stream = coalesce(engine())
+        stream = through(engine())
         job = asyncio.create_task(iterate(stream, 0.05, log))
         await until(lambda log=log: log)
         cancelled_at = time.monotonic()
@@ -193,11 +223,12 @@ async def test_the_end_of_the_job_closes_the_source(gaps):
 
 
 @pytest.mark.parametrize("end", ["aclose", "break and forget", "exception in the consumer"])
-async def test_every_other_end_closes_the_source_too(end):
+@both
+async def test_every_other_end_closes_the_source_too(end, through):
     engine = Engine(["x"] * 1000, [0.001] * 1000)
 
     async def job():
-        stream = coalesce(engine())
+        stream = through(engine())
         await anext(stream)
         if end == "aclose":
             await stream.aclose()
@@ -224,9 +255,10 @@ async def test_the_end_of_the_job_closes_a_source_that_is_held_back():
     assert engine.given < 10
 
 
-async def test_closing_the_stream_does_not_break_into_the_closing_of_the_source():
+@both
+async def test_closing_the_stream_does_not_break_into_the_closing_of_the_source(through):
     engine = Engine(["x"] * 1000, [0.001] * 1000)
-    stream = coalesce(engine())
+    stream = through(engine())
     job = asyncio.create_task(iterate(stream, 60))
     await until(lambda: engine.given)
     job.cancel()
@@ -235,8 +267,9 @@ async def test_closing_the_stream_does_not_break_into_the_closing_of_the_source(
     assert engine.cleaned_up
 
 
-async def test_an_error_that_nobody_waits_for_is_quiet(caplog):
-    job = asyncio.create_task(iterate(coalesce(Engine(["x"], error=ZeroDivisionError())()), 60))
+@both
+async def test_an_error_that_nobody_waits_for_is_quiet(caplog, through):
+    job = asyncio.create_task(iterate(through(Engine(["x"], error=ZeroDivisionError())()), 60))
     await asyncio.sleep(0.05)
     job.cancel()
     await asyncio.wait([job])
@@ -258,7 +291,8 @@ async def test_a_second_cancel_does_not_break_into_the_closing():
     await until(lambda: engine.cleaned_up)
 
 
-async def test_a_source_that_is_no_generator():
+@both
+async def test_a_source_that_is_no_generator(through):
     class Words:
         def __init__(self):
             self.words = iter(["to", "be", "or"])
@@ -272,7 +306,7 @@ async def test_a_source_that_is_no_generator():
             except StopIteration:
                 raise StopAsyncIteration from None
 
-    assert "".join(await collected(Words())) == "tobeor"
+    assert "".join(await collected(Words(), through=through)) == "tobeor"
 
 
 # ---- server-sent events --------------------------------------------------------------------------------
@@ -289,7 +323,9 @@ async def events_of(data: bytes, cuts: list[int]) -> list[str]:
         for start, end in itertools.pairwise(edges):
             yield data[start:end]
 
-    return [event async for event in sse_events(body())]
+    parts = [part async for part in sse_events(body())]
+    assert all(part.endswith("\n\n") for part in parts)
+    return [f"{event}\n\n" for part in parts for event in part.removesuffix("\n\n").split("\n\n")]
 
 
 @settings(deadline=None)
@@ -307,6 +343,15 @@ async def test_any_cut_of_the_body_gives_the_same_events(events, newline, blanks
 async def test_a_character_cut_anywhere_stays_whole():
     data = f"data: 漢字 {FAMILY} é\r\n\r\ndata: [DONE]\r\n\r\n".encode()
     assert await events_of(data, list(range(len(data)))) == [f"data: 漢字 {FAMILY} é\n\n", "data: [DONE]\n\n"]
+
+
+async def test_events_that_come_together_are_given_together():
+    async def body():
+        yield b"data: 1\n\n\n\ndata: 2\n\nda"
+        yield b"ta: 3\n"
+        yield b"\n"
+
+    assert [part async for part in sse_events(body())] == ["data: 1\n\ndata: 2\n\n", "data: 3\n\n"]
 
 
 async def test_an_event_is_given_as_soon_as_it_is_whole():
@@ -353,7 +398,8 @@ async def test_the_body_is_closed_with_the_events():
     assert engine.cleaned_up
 
 
-async def test_the_body_is_closed_with_the_job():
+@both
+async def test_the_body_is_closed_with_the_job(through):
     begun, closed = [], []
 
     async def body():
@@ -365,7 +411,7 @@ async def test_the_body_is_closed_with_the_job():
         finally:
             closed.append(True)
 
-    job = asyncio.create_task(iterate(coalesce(sse_events(body()))))
+    job = asyncio.create_task(iterate(through(sse_events(body()))))
     await until(lambda: begun)
     job.cancel()
     await asyncio.wait([job])

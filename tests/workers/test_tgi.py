@@ -230,12 +230,12 @@ async def test_events_are_read_whatever_their_text_holds(tgi: ModuleType) -> Non
         async def stream(self, path: str, body: Any) -> AsyncIterator[str]:
             yield ":\n\n"
             yield 'data:{"text": "a\u2028b\x85c"}\n\n'
-            yield 'data: {"text": "d"}\n\n'
+            yield 'data: {"text": "d"}\n\n:\n\ndata: {"text": "e"}\n\n'
             yield "data: [DONE]\n\n"
 
     made = tgi.Engine(Client(), "name", None, {}, 100, None)
-    found = [event["text"] async for event in made.events("/", {}, "prompt")]
-    assert found == ["a\u2028b\x85c", "d"]
+    found = [[event["text"] for event in events] async for events in made.events("/", {}, "prompt")]
+    assert found == [["a\u2028b\x85c"], ["d", "e"]]
 
 
 # ---- the launcher's command line -----------------------------------------------------------------------

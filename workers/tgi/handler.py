@@ -43,7 +43,7 @@ from shared.jobs import Request, current_job, job_handler, start_config
 from shared.logs import log, redact
 from shared.openai_api import ModelList, ModelsRequest, OpenAIRequest, StreamOptions, Usage
 from shared.settings import WorkerSettings, read_settings
-from shared.streaming import STREAM_LIMIT, coalesce
+from shared.streaming import STREAM_LIMIT, relay
 from shared.volume import use_volume
 
 DEFAULT_TOKENS = 512
@@ -545,18 +545,21 @@ class Engine:
             except JobError as error:
                 await _wait_or_raise(error, begun, prompt)
 
-    async def events(self, path: str, body: Any, prompt: str) -> AsyncGenerator[dict[str, Any]]:
-        """The events of a stream, without `[DONE]` and comments. Raises JobError in this worker's words."""
+    async def events(self, path: str, body: Any, prompt: str) -> AsyncGenerator[list[dict[str, Any]]]:
+        """The events of a stream, those at a time that have come, without `[DONE]` and comments.
+
+        Raises JobError in this worker's words.
+        """
         begun, silent = time.monotonic(), True
         while True:
             try:
-                async with aclosing(self.client.stream(path, body)) as events:
-                    async for event in events:
-                        lines = event.split("\n")  # not splitlines(): a text may hold U+2028
-                        data = "".join(line[5:].strip(" ") for line in lines if line.startswith("data:"))
-                        if data and data != "[DONE]":
+                async with aclosing(self.client.stream(path, body)) as parts:
+                    async for events in parts:
+                        lines = events.split("\n")  # not splitlines(): a text may hold U+2028
+                        data = [line[5:].strip(" ") for line in lines if line.startswith("data:")]
+                        if made := [json.loads(it) for it in data if it and it != "[DONE]"]:
                             silent = False
-                            yield json.loads(data)
+                            yield made
                 return
             except JobError as error:
                 await _wait_or_raise(error, begun if silent else float("-inf"), prompt)
@@ -708,7 +711,7 @@ async def handler(request: Asked) -> AsyncIterator[Answer | str]:
         async for part in stream(request, engine):
             yield part
     else:
-        async for events in coalesce(stream_openai(request, engine)):
+        async for events in relay(stream_openai(request, engine)):
             yield events
 
 
@@ -797,38 +800,38 @@ async def stream(
     stops, cut = StopStrings(request.stop), False
     details: dict[str, Any] = {"prefill": [], "tokens": []}
 
-    async def events() -> AsyncGenerator[dict[str, Any]]:
+    async def events() -> AsyncGenerator[list[dict[str, Any]]]:
         try:
             async with aclosing(engine.events("/generate_stream", body, field)) as first:
-                async for event in first:
-                    yield event
+                async for made in first:
+                    yield made
         except JobError as error:
             again = _shorter(request, body, error)
             async with aclosing(engine.events("/generate_stream", again, field)) as second:
-                async for event in second:
-                    yield event
+                async for made in second:
+                    yield made
+
+    def text_of(event: dict[str, Any]) -> str:
+        nonlocal cut
+        token = event["token"]
+        if request.detailed:
+            details["tokens"].append(token)
+            if request.top_n_tokens:
+                details.setdefault("top_tokens", []).append(event.get("top_tokens", []))
+        details.update(event["details"] or {})
+        if cut:
+            return ""
+        text, cut = stops.feed("" if token["special"] else token["text"])
+        return text if cut or not event["details"] else text + stops.rest()
 
     async def texts() -> AsyncIterator[str]:
-        nonlocal cut
-        if request.return_full_text:
-            yield inputs
-        async with aclosing(events()) as made:
-            async for event in made:
-                token = event["token"]
-                if request.detailed:
-                    details["tokens"].append(token)
-                    if request.top_n_tokens:
-                        details.setdefault("top_tokens", []).append(event.get("top_tokens", []))
-                text = "" if token["special"] else token["text"]
-                if not cut:
-                    text, cut = stops.feed(text)
-                    if event["details"] and not cut:
-                        text += stops.rest()
-                    if text:
-                        yield text
-                details.update(event["details"] or {})
+        before = inputs if request.return_full_text else ""
+        async with aclosing(events()) as parts:
+            async for made in parts:
+                yield before + "".join(map(text_of, made))
+                before = ""
 
-    async for text in coalesce(texts(), max_bytes=STREAM_LIMIT - 20):
+    async for text in relay(texts(), max_bytes=STREAM_LIMIT - 20):
         yield {"response": text}
     if "finish_reason" not in details:
         raise JobError("The answer broke off. Send the job again.", code="incomplete", type="server_error")
@@ -867,31 +870,40 @@ async def stream_openai(request: OpenAICall, engine: Engine) -> AsyncIterator[st
     calling = False
     used: list[dict[str, int]] = []
     event: dict[str, Any] = {}
-    async with aclosing(engine.events(path, body, _text_field(request))) as events:
-        async for event in events:
-            if usage := event.pop("usage", None):
-                used.append(usage)
-            for choice in event["choices"]:
-                number = choice["index"]
-                holder, key = _text_of(choice)
-                calling = calling or "tool_calls" in holder
-                text = holder.get(key) or ""
-                if choice["finish_reason"] == "eos_token":
-                    text = ""  # the mark of the end, which TGI gives away in completions
-                stop = stops.setdefault(number, StopStrings(request.stop))
-                if number in cut:
-                    text = ""
-                elif request.stop:
-                    text, found = stop.feed(text)
-                    if found:
-                        cut.add(number)
-                    elif choice["finish_reason"]:
-                        text += stop.rest()
-                if key in holder:
-                    holder[key] = text
-                mend(choice, cut=number in cut, calling=calling)
-                if text or choice["finish_reason"] or choice["logprobs"] or "tool_calls" in holder:
-                    yield _sse({**event, **head, "choices": [choice]})
+
+    def mended(event: dict[str, Any]) -> str:
+        """The event as OpenAI's clients know it; "" where nothing is left of it."""
+        nonlocal calling
+        if usage := event.pop("usage", None):
+            used.append(usage)
+        told = ""
+        for choice in event["choices"]:
+            number = choice["index"]
+            holder, key = _text_of(choice)
+            calling = calling or "tool_calls" in holder
+            text = holder.get(key) or ""
+            if choice["finish_reason"] == "eos_token":
+                text = ""  # the mark of the end, which TGI gives away in completions
+            stop = stops.setdefault(number, StopStrings(request.stop))
+            if number in cut:
+                text = ""
+            elif request.stop:
+                text, found = stop.feed(text)
+                if found:
+                    cut.add(number)
+                elif choice["finish_reason"]:
+                    text += stop.rest()
+            if key in holder:
+                holder[key] = text
+            mend(choice, cut=number in cut, calling=calling)
+            if text or choice["finish_reason"] or choice["logprobs"] or "tool_calls" in holder:
+                told += _sse({**event, **head, "choices": [choice]})
+        return told
+
+    async with aclosing(engine.events(path, body, _text_field(request))) as parts:
+        async for made in parts:
+            event = made[-1]
+            yield "".join(map(mended, made))
     if request.wants_usage and used:
         usage = {name: sum(it[name] for it in used) for name in used[0]}
         yield _sse({**event, **head, "choices": [], "usage": usage})

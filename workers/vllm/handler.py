@@ -45,7 +45,7 @@ from shared.jobs import Request, current_job, job_handler, start_config
 from shared.logs import log
 from shared.openai_api import OpenAIRequest
 from shared.settings import WorkerSettings, read_settings
-from shared.streaming import coalesce
+from shared.streaming import relay
 from shared.volume import ModelPath
 
 
@@ -543,7 +543,7 @@ def jobs_at_a_time(metrics: str, most: int) -> int:
 @job_handler(GenerateRequest, routes=ROUTES)
 async def handler(request: GenerateRequest | Call) -> AsyncIterator[dict[str, Any] | str]:
     if request.stream:
-        async for events in coalesce(stream(request)):
+        async for events in relay(stream(request)):
             yield events
     else:
         yield await answer(request)
@@ -582,9 +582,9 @@ async def answer(request: GenerateRequest | Call) -> dict[str, Any]:
 async def stream(request: GenerateRequest | Call) -> AsyncIterator[str]:
     _, path, body = call(request)
     try:
-        async with aclosing(engine.stream(path, body, headers=named())) as events:
-            async for event in events:
-                yield event
+        async with aclosing(engine.stream(path, body, headers=named())) as parts:
+            async for events in parts:
+                yield events
     except JobError as error:
         raise explain(error, path) from None
 

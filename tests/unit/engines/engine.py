@@ -8,7 +8,7 @@ python engine.py PORT [FLAG ...]
 --silent        never answers its health
 POST /echo      the body, with the connection's port and the process id
 POST /wait      answers after the body's `seconds`; GET /metrics counts those that wait
-POST /stream    `count` events, `seconds` apart; `then`: error, cut or nothing ([DONE])
+POST /stream    `count` events, `seconds` apart; `then`: cut, or the last events (without it: [DONE])
 POST /refuse    `body` with `status`
 POST /drop      closes the connection without an answer, the first time
 POST /sick      what vLLM does when its core has died
@@ -63,15 +63,13 @@ async def stream(request: web.Request) -> web.StreamResponse:
             await response.write(text[:-6])
             await asyncio.sleep(asked.get("seconds", 0))
             await response.write(text[-6:])
-        if asked.get("then") == "error":
-            error = {"message": "it broke", "type": "InternalServerError", "param": None, "code": 500}
-            await response.write(f"data: {json.dumps({'error': error})}\n\n".encode())
         if asked.get("then") == "cut":
             await response.write(b'data: {"n"')
             assert request.transport is not None
             request.transport.abort()
             return response
-        await response.write(b"data: [DONE]\n\n")
+        for event in asked.get("then", ["data: [DONE]"]):
+            await response.write(f"{event}\n\n".encode())
         return response
     finally:
         waiting -= 1
