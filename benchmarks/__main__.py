@@ -5,7 +5,18 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("embeddings", "florence2", "huggingface", "images", "llava", "retrieval", "vllm", "whisper", "xtts")
+NAMES = (
+    "embeddings",
+    "florence2",
+    "huggingface",
+    "images",
+    "llava",
+    "retrieval",
+    "tgi",
+    "vllm",
+    "whisper",
+    "xtts",
+)
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""workers/vllm, unchanged but for a note in the file STAMPS: when each job came in, its first part, its end.
+"""The worker STAMPED, unchanged but for a note in the file STAMPS: when each job came in, its first part, its
+end.
 
 The SDK looks for jobs ten times a second, so a job waits up to 100 ms for a handler that does nothing: what
 the worker itself adds is measured from where the SDK calls it. Times are of the monotonic clock, which all
@@ -13,7 +14,7 @@ from typing import Any
 
 from tools.workers import load_handler
 
-worker = load_handler("vllm")
+worker = load_handler(os.environ["STAMPED"])
 inner = worker.handler
 stamps = open(os.environ["STAMPS"], "a", buffering=1)  # noqa: SIM115 (as long as the worker lives)
 
