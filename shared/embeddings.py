@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 MAX_TEXTS = openai_api.MAX_INPUTS
+MAX_REPEATED = 20_000_000  # characters, as many as a request can hold
 
 # Tokens in one padded batch. A GPU wants many (16384 is text-embeddings-inference's default); on two CPU
 # cores about a thousand was fastest, and larger batches were slower than none: benchmarks/results.
@@ -217,9 +218,11 @@ class Encoder:
     ) -> list[Text]:
         """`inputs` (texts, or arrays of the model's token ids) for the engine, with `prompt` before each.
 
-        Raises JobError for a token id that the model does not have, for what is no Unicode, and for a text
-        that is too long when `truncate` is false.
+        Raises JobError for a token id that the model does not have, for what is no Unicode, for a prompt that
+        is too long for so many texts, and for a text that is too long when `truncate` is false.
         """
+        check_unicode([prompt], "prompt")
+        check_repeated(prompt, len(inputs), "prompt")
         if inputs and isinstance(inputs[0], str):
             prompted = [prompt + text for text in inputs]  # type: ignore[operator]
             check_unicode(prompted, param)
@@ -352,6 +355,17 @@ def check_unicode(texts: Sequence[str], param: str) -> None:
                 param=where,
                 code="invalid_value",
             ) from None
+
+
+def check_repeated(text: str, times: int, param: str) -> None:
+    """Raises JobError for a text that, put before each of so many others, would fill the memory."""
+    if len(text) * times > MAX_REPEATED:
+        raise JobError(
+            f"{param}: {len(text)} characters before each of {times} texts are more than {MAX_REPEATED} in "
+            "all. Shorten it, or split the job.",
+            param=param,
+            code="too_large",
+        )
 
 
 def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

@@ -7,6 +7,7 @@ import base64
 import json
 import math
 import re
+import threading
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from openai import OpenAI
 
 from local import running
+from shared import embeddings
 from shared.errors import JobError, StartError
 from shared.jobs import parse
 from tools import tiny_retrieval as tiny
@@ -446,6 +448,10 @@ async def test_an_embedding_model_ranks_by_cosine(
     assert (answer["method"], set(answer) & {"pooling"}) == ("cosine", set())
 
 
+def scores(answer: Any) -> list[float]:
+    return [result["relevance_score"] for result in answer["results"]]
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("name", ["rank-bert", "bge-small-en"])
 async def test_ranks_come_in_the_shape_of_cohere_and_jina(use: Callable[..., Any], name: str) -> None:
@@ -454,7 +460,8 @@ async def test_ranks_come_in_the_shape_of_cohere_and_jina(use: Callable[..., Any
     fields = {"query": QUERY, "documents": documents, "top_n": 3, "return_documents": True}
     native = await send(**fields)
     answer = await openai("/v1/rerank", model="me/ranker", rank_fields=["text"], **fields)
-    assert answer == native
+    assert {**answer, "results": 3} == {**native, "results": 3}
+    assert scores(answer) == pytest.approx(scores(native), abs=1e-6)
     assert {"results", "model", "usage"} <= set(answer)
     assert answer["model"] == "me/ranker"
     assert answer["usage"]["total_tokens"] == answer["usage"]["prompt_tokens"] > 8
@@ -462,11 +469,9 @@ async def test_ranks_come_in_the_shape_of_cohere_and_jina(use: Callable[..., Any
     for result in answer["results"]:
         given = documents[result["index"]]
         assert result["document"] == (given if isinstance(given, dict) else {"text": given})
-    everything = (await send(query=QUERY, documents=documents, top_n=100))["results"]
-    assert sorted(result["index"] for result in everything) == [0, 1, 2, 3]
-    assert [result["relevance_score"] for result in everything] == sorted(
-        (result["relevance_score"] for result in everything), reverse=True
-    )
+    everything = await send(query=QUERY, documents=documents, top_n=100)
+    assert sorted(result["index"] for result in everything["results"]) == [0, 1, 2, 3]
+    assert scores(everything) == sorted(scores(everything), reverse=True)
     problem = json.loads((await openai("/v1/rerank", model="other", query="a", documents=["b"]))["error"])
     assert (problem["param"], problem["code"]) == ("model", "model_not_found")
 
@@ -507,15 +512,29 @@ class Watch:
         import torch
 
         self.batches: list[list[int]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self._waiting = lambda: len(model._batcher._waiting)
         run = model._batcher._run
 
         def watched(items: list[Any]) -> Any:
             self.batches.append([len(item.tokens) for item in items])
+            assert self.gate.wait(60)
             if len(items) > most:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return run(items)
 
         monkeypatch.setattr(model._batcher, "_run", watched)
+
+    async def gathered(self, jobs: list[Any], items: int) -> list[Any]:
+        """The answers of `jobs`, which run from the moment that all of their items have come in."""
+        self.gate.clear()
+        answers = asyncio.gather(*jobs)
+        async with asyncio.timeout(60):
+            while sum(map(len, self.batches)) + self._waiting() < items:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        self.gate.set()
+        return list(await answers)
 
 
 @pytest.mark.engine
@@ -523,13 +542,16 @@ class Watch:
 async def test_jobs_run_together_within_the_budget(
     use: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    for module in (worker, embeddings):
+        monkeypatch.setattr(module, "cpu_lanes", lambda _: 2)
     engine = use(name, max_batch_tokens=100)
     watch = Watch(engine.model, monkeypatch)
     texts = [" ".join(["panda"] * (1 + 7 * i % 30)) for i in range(40)] + [LONG]
     if name == "rank-bert":
-        jobs = await asyncio.gather(*(send(query="a", documents=[text, "b"]) for text in texts))
+        sent = [send(query="a", documents=[text, "b"]) for text in texts]
     else:
-        jobs = await asyncio.gather(*(send(texts=[text, "b"]) for text in texts))
+        sent = [send(texts=[text, "b"]) for text in texts]
+    jobs = await watch.gathered(sent, 2 * len(texts))
     assert not any("error" in job for job in jobs)
     assert sum(map(len, watch.batches)) == 2 * len(texts)
     assert len(watch.batches) < len(texts)
@@ -570,6 +592,30 @@ async def test_what_cannot_be_tokenized_fails_alone(use: Callable[..., Any], nam
     problem = json.loads(jobs[1]["error"])
     assert problem["code"] == "invalid_value"
     assert "half of a surrogate pair" in problem["message"]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ["bge-small-en", "rank-bert"])
+async def test_what_goes_before_each_text_cannot_fill_the_memory(use: Callable[..., Any], name: str) -> None:
+    """A request of 40 kB would become one of 320 MB."""
+    use(name)
+    many, long = ["a"] * 8000, "x " * 20_000
+    if name == "rank-bert":
+        answer, param = await send(query=long, documents=many), "query"
+    else:
+        answer, param = await send(texts=many, instruction=long, dimensions=2), "prompt"
+    problem = json.loads(answer["error"])
+    assert (problem["code"], problem["param"]) == ("too_large", param)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("name", "field"), [("bge-small-en", "prompt"), ("rank-bert", "query")])
+async def test_an_error_about_what_goes_before_each_text_names_that(
+    use: Callable[..., Any], name: str, field: str
+) -> None:
+    use(name)
+    texts = {"texts": ["a"]} if field == "prompt" else {"documents": ["a"]}
+    assert json.loads((await send(**texts, **{field: "\ud83d"}))["error"])["param"] == field
 
 
 @pytest.mark.engine

@@ -42,6 +42,7 @@ from shared.embeddings import (
     answer,
     answer_openai,
     batch_tokens,
+    check_repeated,
     check_unicode,
     load_encoder,
     padded,
@@ -249,10 +250,12 @@ class Reranker:
         )
 
     def tokenize(self, query: str, documents: Sequence[str], *, truncate: bool) -> list[Pair]:
-        """Raises JobError for what is no Unicode, a query that leaves no room, and a long document where
-        `truncate` is false.
+        """Raises JobError for what is no Unicode, a query that leaves no room or is too long for so many
+        documents, and a long document where `truncate` is false.
         """
+        check_unicode([query], "query")
         check_unicode(documents, "documents")
+        check_repeated(query, len(documents), "query")
         start = [*self._before, *plain_ids(self.tokenizer, [query])[0], *self._between]
         room = self.max_tokens - len(start) - len(self._after)
         if room < 1:
