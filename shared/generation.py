@@ -12,6 +12,7 @@ theirs, so that it does not wait for their ends. That is exact where rows share 
 
 Each row has its own sampling, random numbers, end and stop strings, whatever runs beside it. In float32 it
 gets the tokens that it would get alone; in bfloat16 and float16 a batch may round otherwise than a lone row.
+A row that asks for beams is searched for by `generate`, which is stopped at every token for the others' next.
 
 A row that makes the model fail fails alone: a group that fails is run again in halves. When memory runs out,
 the budget is lowered and the rows go on later from the tokens that they have.
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length"]
 
+LEAST_TEMPERATURE = 1e-5  # float32 cannot hold what the logits become below
 CPU_BUDGET = 32768  # tokens in the cache; on a GPU it is what the free memory holds
 PREFILL_TOKENS = 8192  # of prompts read at once: rows that stream wait meanwhile
 ROOM = 64  # columns by which the cache grows
@@ -56,7 +58,9 @@ class Sampling:
     """How one answer is made. temperature 0: always the likeliest token. seed None: never the same twice.
 
     top_k 0 and min_p 0: off. repetition_penalty None: the model's own. logprobs: how many of the likeliest
-    tokens are told beside each one; None: not even its own chance.
+    tokens are told beside each one; None: not even its own chance. beams: with more than one, the likeliest
+    answer that a beam search of this width finds, all at once; of the rest only `max_tokens`, `stop` and
+    `repetition_penalty` then count.
     """
 
     max_tokens: int
@@ -68,6 +72,7 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float | None = None
     logprobs: int | None = None
+    beams: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +200,10 @@ class _Row:
     def left(self) -> int:
         return self.sampling.max_tokens - len(self.tokens)
 
+    @property
+    def beams(self) -> int:
+        return self.sampling.beams
+
     def take(self, token: int, ends: frozenset[int]) -> None:
         if self.over:
             return
@@ -228,13 +237,24 @@ def _check_device(error: Exception) -> None:
         raise error
 
 
-def _key(inputs: Mapping[str, Any]) -> Hashable:
-    """Prompts may be read together where this is equal: nothing of them then needs padding but the tokens."""
-    return tuple(
+def _key(inputs: Mapping[str, Any], sampling: Sampling) -> Hashable:
+    """Prompts may be read together where this is equal: nothing of them then needs padding but the tokens.
+
+    Nor those, where generate() takes a penalty for them.
+    """
+    shapes = tuple(
         (name, value.dtype, tuple(value.shape[1:])) if hasattr(value, "dtype") else (name, id(value))
         for name, value in sorted(inputs.items())
         if name not in _BY_TOKEN
     )
+    if sampling.beams == 1:
+        return shapes
+    penalty = sampling.repetition_penalty
+    return shapes, sampling.beams, penalty, None if penalty == 1 else inputs["input_ids"].shape[1]
+
+
+class _Closed(BaseException):
+    """Ends the engine's thread from wherever it is."""
 
 
 def choose(logits: torch.Tensor, rows: Sequence[Sampled]) -> list[int]:
@@ -246,7 +266,9 @@ def choose(logits: torch.Tensor, rows: Sequence[Sampled]) -> list[int]:
 
     raw, logits = logits, _penalised(logits, rows)
     best, tokens = logits.max(dim=-1)
-    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0 and not row.over]
+    drawn = [
+        i for i, row in enumerate(rows) if row.sampling.temperature >= LEAST_TEMPERATURE and not row.over
+    ]
     if drawn:
         settings = [
             (it.temperature, it.top_p, it.min_p, it.top_k or logits.shape[-1], rows[i].random.random())
@@ -542,7 +564,7 @@ class Generator:
             sampling = replace(sampling, repetition_penalty=self._penalty)
         row = _Row(
             inputs, sampling, each or bool(sampling.stop), asyncio.get_running_loop(), asyncio.Queue(),
-            _key(inputs), random.Random(sampling.seed), inputs["input_ids"].shape[1],  # noqa: S311
+            _key(inputs, sampling), random.Random(sampling.seed), inputs["input_ids"].shape[1],  # noqa: S311
             adapter,
         )  # fmt: skip
         detokenizer = Detokenizer(lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -584,6 +606,8 @@ class Generator:
         end: Exception = RuntimeError("the generator was closed")
         try:
             self._run()
+        except _Closed:
+            pass
         except BaseException as error:
             end = engine_stopped(error)
         # Who comes later finds _dead: it is set before the queue is read for the last time.
@@ -600,11 +624,6 @@ class Generator:
 
         with torch.inference_mode():
             while True:
-                while not self._incoming.empty() or not (self._waiting or self._live):
-                    row = self._incoming.get()
-                    if row is None:
-                        return
-                    self._waiting.append(row)
                 self._turn()
 
     def _turn(self) -> None:
@@ -613,13 +632,18 @@ class Generator:
         Newcomers wait until the steps since the last ones' prompts have taken as long as those: what streams
         is never slowed down by more than half, and many who come one by one are read in few groups.
         """
+        while not self._incoming.empty() or not (self._waiting or self._live or self._taken):
+            row = self._incoming.get()
+            if row is None:
+                raise _Closed
+            self._waiting.append(row)
         begun = time.perf_counter()
-        if self._live is None or self._owed <= 0:
-            self._taken = self._admit()
-            if self._taken:
-                self._begin(self._taken)
-                self._taken = []
-                self._owed = time.perf_counter() - begun
+        if (self._live is None or self._owed <= 0) and (chosen := self._admit()):
+            self._taken += chosen
+            self._begin(chosen)
+            self._taken = [row for row in self._taken if row not in chosen]
+            # The others' steps went on while beams were searched.
+            self._owed = 0.0 if chosen[0].beams > 1 else time.perf_counter() - begun
         if self._live is None:
             return
         begun, rows, cells, problem = time.perf_counter(), self._live.rows, self._live.mask.numel(), None
@@ -647,16 +671,17 @@ class Generator:
         self._waiting = deque(row for row in self._waiting if not row.over)
         live = self._live.rows if self._live else []
         width = self._live.mask.shape[1] if self._live else 0
-        left = max((row.left for row in live), default=0)
-        longest = 0
+        left = max((row.left for row in (*live, *self._taken)), default=0)
+        longest = max((row.length for row in self._taken), default=0)  # a search for beams has taken them
+        before = len(live) + sum(row.beams for row in self._taken)
         chosen: list[_Row] = []
         for row in self._waiting:
-            if chosen and row.key != chosen[0].key:
+            if (chosen and row.key != chosen[0].key) or (self._taken and row.beams > 1):
                 continue
             longest, left = max(longest, row.length), max(left, row.left)
-            rows = len(live) + len(chosen) + 1
+            rows = before + (len(chosen) + 1) * row.beams
             full = rows > self._max_rows or rows * (max(width, longest) + left) > self._budget
-            if rows > 1 and (full or (chosen and (len(chosen) + 1) * longest > PREFILL_TOKENS)):
+            if (before or chosen) and (full or (chosen and (len(chosen) + 1) * longest > PREFILL_TOKENS)):
                 break
             chosen.append(row)
         for row in chosen:
@@ -667,7 +692,9 @@ class Generator:
         """Read the prompts of `rows`. Where that fails for several, half of them at a time."""
         problem = None
         try:
-            if self._joins:
+            if rows[0].beams > 1:
+                self._search(rows)
+            elif self._joins:
                 self._prefill(rows)
             else:
                 self._generate(rows)
@@ -686,7 +713,7 @@ class Generator:
             self._begin(rows[:half])
             self._begin(rows[half:])
         elif rows and no_memory and self._live:
-            self._shrink(self._live.mask.numel() + rows[0].length)
+            self._shrink(self._live.mask.numel() + rows[0].length * rows[0].beams)
             self._waiting.appendleft(rows[0])
         elif rows:
             rows[0].tell(problem)
@@ -770,18 +797,55 @@ class Generator:
             batch.keep(going)
         return bool(going)
 
+    def _config(self, rows: list[_Row], **changes: Any) -> Any:
+        """What `generate` is told for `rows`."""
+        config = copy.deepcopy(self.model.generation_config)
+        config.update(
+            do_sample=False, max_length=None, max_new_tokens=max(row.left for row in rows),
+            pad_token_id=self._pad, temperature=None, top_p=None, top_k=None, **changes,
+        )  # fmt: skip
+        return config
+
+    def _search(self, rows: list[_Row]) -> None:
+        """Answer `rows`, which have one number of beams, from start to end. Meanwhile the others go on."""
+        import torch
+        from transformers import LogitsProcessorList, StoppingCriteriaList
+
+        inputs = self._collate(rows)
+        width = inputs["input_ids"].shape[1]
+
+        def check(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            wrong = scores.isnan().any(dim=-1).reshape(len(rows), -1).any(dim=-1).tolist()
+            for row in (row for row, is_wrong in zip(rows, wrong, strict=True) if is_wrong and not row.over):
+                row.tell(_not_finite())
+            return scores
+
+        def over(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            if self._joins:
+                self._turn()
+                self._adapt(rows)
+            ended = [row.over or ids.shape[1] - width >= row.left for row in rows]
+            return torch.tensor(ended, device=ids.device).repeat_interleave(len(ids) // len(rows))
+
+        self._adapt(rows)
+        found = self.model.generate(
+            **inputs, logits_processor=LogitsProcessorList([check]),
+            stopping_criteria=StoppingCriteriaList([over]),
+            generation_config=self._config(
+                rows, num_beams=rows[0].beams, repetition_penalty=rows[0].sampling.repetition_penalty,
+                eos_token_id=sorted(self._ends) or None,
+            ),
+        )  # fmt: skip
+        for row, tokens in zip(rows, found[:, width:].tolist(), strict=True):
+            for token in tokens:
+                row.take(token, self._ends)
+
     def _generate(self, rows: list[_Row]) -> None:
         """Answer `rows` from start to end. Meanwhile nobody joins them, and who leaves leaves a gap."""
         import torch
         from transformers import LogitsProcessorList, StoppingCriteriaList
 
         self._adapt(rows)
-        config = copy.deepcopy(self.model.generation_config)
-        config.update(
-            do_sample=False, num_beams=1, repetition_penalty=1.0, max_length=None,
-            max_new_tokens=max(row.left for row in rows), pad_token_id=self._pad, eos_token_id=None,
-            temperature=None, top_p=None, top_k=None,
-        )  # fmt: skip
 
         def draw(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             tokens = choose(scores, rows)
@@ -794,6 +858,7 @@ class Generator:
             return torch.tensor([row.over for row in rows], device=ids.device)
 
         self.model.generate(
-            **self._collate(rows), generation_config=config,
+            **self._collate(rows),
+            generation_config=self._config(rows, num_beams=1, repetition_penalty=1.0, eos_token_id=None),
             logits_processor=LogitsProcessorList([draw]), stopping_criteria=StoppingCriteriaList([over]),
         )  # fmt: skip

@@ -194,6 +194,89 @@ async def test_each_row_has_its_own_penalty(model: Any, engine: Generator) -> No
     assert len({answer.text for answer in answers}) == 10
 
 
+@pytest.mark.parametrize("kind", ["joining", "together"])
+async def test_beams_are_those_of_generate(kind: str) -> None:
+    """Of several widths, penalties and lengths, alone and together, beside answers that are drawn."""
+    ends = [END, 20, 40, 60, 80, 100, 120]
+    model = tiny_llama(eos_token_id=ends)
+    engine = Generator(model, Letters(), max_rows=12)  # type: ignore[arg-type]
+    engine._joins = kind == "joining"
+
+    def by_beams(inputs: dict[str, Any], max_tokens: int, **settings: Any) -> Piece:
+        out = model.generate(
+            **inputs, max_new_tokens=max_tokens, do_sample=False, pad_token_id=END, **settings
+        )
+        new = out[0, inputs["input_ids"].shape[1] :].tolist()
+        ended = new[-1] in ends
+        return Piece("".join(map(chr, new[: len(new) - ended])), len(new), "stop" if ended else "length")
+
+    draw, searched, wanted, greedy = random.Random(3), [], [], []
+    for inputs, _ in mixed(18):
+        beams, most, penalty = draw.choice([2, 4]), draw.randrange(1, 30), draw.choice([1.0, 1.0, 1.4])
+        searched.append((inputs, Sampling(most, 0.7, repetition_penalty=penalty, beams=beams)))
+        wanted.append(by_beams(inputs, most, num_beams=beams, repetition_penalty=penalty))
+        greedy.append(by_beams(inputs, most, repetition_penalty=penalty))
+    assert {"stop", "length"} == {answer.finish_reason for answer in wanted}, "both ends are tested"
+    assert sum(ours != plain for ours, plain in zip(wanted, greedy, strict=True)) > 5
+    assert [await ask(engine, *each) for each in searched] == wanted
+    drawn = mixed(18)
+    alone = [await ask(engine, *each) for each in drawn]
+    answers = await asyncio.gather(*(ask(engine, *each) for each in (*searched, *drawn)))
+    assert answers[:18] == wanted
+    assert answers[18:] == alone
+    engine.close()
+
+
+@pytest.fixture
+async def search(engine: Generator, monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[asyncio.Task[Piece]]:
+    """A search that is under way, has no end token and takes more than a minute."""
+    from transformers import StoppingCriteriaList
+
+    whole = StoppingCriteriaList.__call__
+    monkeypatch.setattr(
+        StoppingCriteriaList, "__call__", lambda *args, **more: (time.sleep(0.04), whole(*args, **more))[1]
+    )
+    engine._ends = frozenset()
+    task = asyncio.create_task(ask(engine, prompt(5, 6), Sampling(1900, beams=3)))
+    await until(lambda: bool(engine._taken))
+    yield task
+    task.cancel()
+
+
+async def test_who_draws_does_not_wait_for_a_search(engine: Generator, search: asyncio.Task[Piece]) -> None:
+    for _ in range(3):
+        await asyncio.wait_for(ask(engine, prompt(8, 9), Sampling(5)), 30)
+    assert not search.done()
+
+
+async def test_a_search_that_nobody_waits_for_ends(engine: Generator, search: asyncio.Task[Piece]) -> None:
+    (row,) = engine._taken
+    search.cancel()
+    await until(lambda: not engine._taken)
+    assert not row.tokens
+    assert await ask(engine, prompt(8, 9), Sampling(5, beams=2))
+
+
+@pytest.mark.parametrize("how", ["dies", "closes"])
+async def test_an_engine_that_ends_in_a_search_says_so(
+    engine: Generator, search: asyncio.Task[Piece], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    waiting = asyncio.create_task(ask(engine, prompt(7), Sampling(5, beams=3)))
+    beside = asyncio.create_task(ask(engine, prompt(9), Sampling(1900)))
+    await until(lambda: engine._live is not None and len(engine._waiting) == 1)
+
+    def dies(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    if how == "closes":
+        engine.close()
+    else:
+        monkeypatch.setattr(engine, "_step", dies)
+    jobs = asyncio.gather(search, waiting, beside, return_exceptions=True)
+    for end in await asyncio.wait_for(jobs, 30):
+        assert ("closed" if how == "closes" else "being replaced") in str(end)
+
+
 async def test_chances_are_told_where_asked(model: Any, engine: Generator) -> None:
     import torch
 
@@ -273,6 +356,17 @@ def test_choices_follow_the_distribution() -> None:
         assert torch.allclose(counts, torch.tensor(expected, dtype=torch.float), atol=0.032), counts
 
 
+def test_a_temperature_of_almost_nothing_is_none() -> None:
+    """Divided by it, the logits are more than float32 holds."""
+    import torch
+
+    logits = torch.randn(50, generator=torch.manual_seed(0)).sort().values.repeat(3, 1)
+    for temperature in (1e-300, 1e-45, 1e-38, 1e-7, 1e-5):
+        sampling = Sampling(1, temperature)
+        rows = [SimpleNamespace(sampling=sampling, random=random.Random(i), over=False) for i in range(3)]
+        assert choose(logits, rows) == [49] * 3, temperature  # type: ignore[arg-type]
+
+
 def test_a_row_without_finite_logits_has_no_token() -> None:
     """Be the token drawn or the likeliest; its neighbours get theirs."""
     import torch
@@ -291,16 +385,15 @@ async def test_logits_that_are_no_numbers_fail_their_own_answer(engine: Generato
     poison[99] = float("nan")
     whole, model.model.embed_tokens.weight = model.model.embed_tokens.weight, poison
     try:
-        bad, good = await asyncio.gather(
-            ask(engine, prompt(99, 5), Sampling(5)),
-            ask(engine, prompt(5, 6), Sampling(5)),
+        answers = await asyncio.gather(
+            *(ask(engine, prompt(*ids), Sampling(5, beams=beams))
+              for beams in (1, 2) for ids in ((99, 5), (5, 6))),
             return_exceptions=True,
-        )
+        )  # fmt: skip
     finally:
         model.model.embed_tokens.weight = whole
-    assert isinstance(bad, JobError)
-    assert bad.code == "not_finite"
-    assert isinstance(good, Piece)
+    assert [getattr(bad, "code", bad) for bad in answers[::2]] == ["not_finite"] * 2
+    assert all(isinstance(good, Piece) for good in answers[1::2]), answers
 
 
 # ---- rows come and go ----------------------------------------------------------------------------------

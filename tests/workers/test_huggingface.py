@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +51,7 @@ def test_the_defaults_of_the_reference(huggingface: ModuleType) -> None:
 def test_both_forms_of_a_request_mean_the_same(huggingface: ModuleType) -> None:
     settings = {
         "temperature": 0.0, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2, "seed": 3,
-        "stop": ["a", "b"],
+        "stop": ["a", "b"], "num_beams": 3,
     }  # fmt: skip
     asked = [
         jobs.validate(huggingface.GenerateRequest, {"messages": TALK, "logprobs": 2, **settings}),
@@ -78,6 +79,9 @@ def test_both_forms_of_a_request_mean_the_same(huggingface: ModuleType) -> None:
         ({"prompt": "a", "top_k": -1}, "top_k", "invalid_value"),
         ({"prompt": "a", "min_p": 2}, "min_p", "invalid_value"),
         ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
+        ({"prompt": "a", "repetition_penalty": 1e-45}, "repetition_penalty", "invalid_value"),
+        ({"prompt": "a", "num_beams": 0}, "num_beams", "invalid_value"),
+        ({"prompt": "a", "num_beams": 17}, "num_beams", "invalid_value"),
         ({"prompt": "a", "n": 0}, "n", "invalid_value"),
         ({"prompt": "a", "logprobs": 21}, "logprobs", "invalid_value"),
         ({"prompt": "a", "stop": list("abcde")}, "stop", "invalid_value"),
@@ -98,6 +102,13 @@ def test_what_does_not_fit_is_refused_by_name(
         jobs.validate(huggingface.GenerateRequest, payload)
     assert (caught.value.param, caught.value.code) == (param, code)
     assert param in caught.value.message
+
+
+@pytest.mark.parametrize("prompt", [5, [True], ["a", [1]], [None], {}, []])
+def test_prompts_of_other_kinds_are_refused_by_name(huggingface: ModuleType, prompt: Any) -> None:
+    with pytest.raises(JobError) as caught:
+        jobs.validate(huggingface.CompletionRequest, {"prompt": prompt})
+    assert (caught.value.param, caught.value.code) == ("prompt", "invalid_value")
 
 
 def test_messages_reach_the_template_as_it_expects_them(huggingface: ModuleType) -> None:
@@ -243,14 +254,54 @@ def noise_again(worker: ModuleType) -> list[Any]:
 
 
 @engine
+async def test_beams_are_those_of_generate(family: ModuleType) -> None:
+    """Alone, and together with answers of other widths and such as are drawn."""
+    prompts = ["The river", "the old stone house and", "Name", "into the sea. Name three rivers"]
+    tokenizer = family.engine.tokenizer
+    asked = [{"prompt": it, "max_tokens": 20, "num_beams": 2 + i % 2} for i, it in enumerate(prompts)]
+    wanted = [
+        generated(family, tokenizer(it["prompt"])["input_ids"], 20, num_beams=it["num_beams"])[0]
+        for it in asked
+    ]
+    assert [(await send(family, **it))["response"] for it in asked] == wanted
+    drawn = [send(family, prompt=it, max_tokens=20, temperature=1.0, seed=1) for it in prompts]
+    together = await asyncio.gather(*(send(family, **it) for it in asked), *drawn)
+    assert [answer["response"] for answer in together[:4]] == wanted
+    whole = next(it for it in wanted if len(it) > 4)
+    cut = await send(family, **asked[wanted.index(whole)], stop=whole[2:4])
+    assert (cut["response"], cut["finish_reason"]) == (whole[: whole.index(whole[2:4])], "stop")
+
+
+@engine
+async def test_beams_have_one_answer(worker: ModuleType) -> None:
+    *pieces, end = await parts(worker, prompt="The river", max_tokens=9, num_beams=2, stream=True)
+    plain = await send(worker, prompt="The river", max_tokens=9, num_beams=2)
+    assert ([piece["response"] for piece in pieces], end["usage"]) == ([plain["response"]], plain["usage"])
+    for name, value in (("n", 2), ("logprobs", 0)):
+        problem = await error(worker, prompt="The river", num_beams=2, **{name: value})
+        assert (problem["param"], problem["code"]) == (name, "invalid_value")
+        assert "num_beams" in problem["message"]
+
+
+@engine
 async def test_a_stream_is_the_plain_answer_in_pieces(
     family: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What comes while the first piece is on its way is joined: 10 ms a token leave time for several."""
-    monkeypatch.setattr(generation, "choose", lambda *args: (time.sleep(0.01), choose(*args))[1])
+    """What comes while the first piece is on its way is joined; here the last ten tokens wait for it."""
     asked = {"messages": TALK, "max_tokens": 40, "temperature": 1.0, "seed": 4}
     plain = await send(family, **asked)
-    *pieces, end = await parts(family, **asked, stream=True)
+    came = threading.Event()
+
+    def held(logits: Any, rows: Any) -> list[int]:
+        assert len(rows[0].tokens) < 30 or came.wait(60)
+        return choose(logits, rows)
+
+    monkeypatch.setattr(generation, "choose", held)
+    pieces = []
+    async for piece in family.handler({"id": "job-1", "input": {**asked, "stream": True}}):
+        came.set()
+        pieces.append(piece)
+    end = pieces.pop()
     assert "".join(piece["response"] for piece in pieces) == plain["response"]
     assert end == {**plain, "response": ""}
     assert len(pieces) > 1
@@ -324,8 +375,19 @@ async def test_templates_get_tools_and_variables(worker: ModuleType) -> None:
     assert await prompt_tokens(chat_template_kwargs={"shout": True}) > plain
     tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
     assert await prompt_tokens(tools=[tool]) > plain + 10
-    problem = await error(worker, messages=TALK, chat_template_kwargs={"tokenize": False})
-    assert (problem["param"], problem["code"]) == ("chat_template_kwargs", "invalid_value")
+    for name in ("tokenize", "messages"):
+        problem = await error(worker, messages=TALK, chat_template_kwargs={name: []})
+        assert (problem["param"], problem["code"]) == ("chat_template_kwargs", "invalid_value")
+
+    async def chat(**settings: Any) -> Any:
+        body = {"messages": TALK, "max_tokens": 1, "tools": [tool], **settings}
+        return (await parts(worker, openai_route="/v1/chat/completions", openai_input=body))[0]
+
+    assert (await chat(tool_choice="auto"))["usage"]["prompt_tokens"] > plain + 10
+    assert (await chat(tool_choice="none"))["usage"]["prompt_tokens"] == plain
+    for forced in ("required", {"type": "function", "function": {"name": "add"}}):
+        problem = json.loads((await chat(tool_choice=forced))["error"])
+        assert (problem["param"], problem["code"]) == ("tool_choice", "invalid_value")
 
 
 @engine

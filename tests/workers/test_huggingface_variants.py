@@ -168,6 +168,13 @@ async def test_each_job_has_its_own_adapter(worker: ModuleType, wanted: dict[str
     together = await asyncio.gather(*(response(worker, PROMPTS[number], lora=name) for name, number in asked))
     assert together == [wanted[name][number] for name, number in asked]
     assert await response(worker, PROMPTS[0]) == wanted[None][0], "nothing of them stays"
+    searched = [await response(worker, PROMPTS[0], lora=name, num_beams=3) for name in wanted]
+    assert len(set(searched)) == 4
+    beside = [response(worker, PROMPTS[number], lora=name) for name, number in asked]
+    both = await asyncio.gather(
+        *(response(worker, PROMPTS[0], lora=name, num_beams=3) for name in wanted), *beside
+    )
+    assert both == searched + together
     payload = {"prompt": PROMPTS[1], "max_tokens": 24, "temperature": 0, "lora": "Rivers", "stream": True}
     *pieces, end = [piece async for piece in worker.handler({"id": "1", "input": payload})]
     assert "".join(piece["response"] for piece in pieces) == wanted["rivers"][1]

@@ -58,6 +58,7 @@ from shared.volume import ModelPath
 
 DEFAULT_TOKENS = 512
 MAX_ROWS = 128  # answers of one job
+MAX_BEAMS = 16
 MAX_CHARACTERS = 4_000_000
 
 
@@ -193,7 +194,10 @@ class GenerateRequest(Request):
         0.0, ge=0, le=1, description="Leave out tokens below this share of the likeliest's chance"
     )
     repetition_penalty: float | None = Field(
-        None, gt=0, le=10, description="Above 1: less of what the text has already; unset: the model's own"
+        None, ge=0.01, le=10, description="Above 1: less of what the text has already; unset: the model's own"
+    )
+    num_beams: int = Field(
+        1, ge=1, le=MAX_BEAMS, description="Above 1: no drawing, but the best answer of so wide a beam search"
     )
     seed: int | None = Field(
         None, description="The same seed gives the same answer; unset: another each time"
@@ -261,9 +265,13 @@ class ChatRequest(ChatCompletionRequest):
     logprobs: bool | None = Field(None, description="Tell each token's log probability")
     top_logprobs: int | None = Field(None, ge=0, le=20, description="And those of the likeliest beside it")
     tools: Tools | None = Field(None, description="For the model's chat template")
+    tool_choice: Literal["auto", "none"] | None = Field(
+        None, description="none: the template gets no tools. A call cannot be forced"
+    )
     top_k: int | None = Field(None, ge=0, le=1_000_000, description="Draw from this many of the likeliest")
     min_p: float | None = Field(None, ge=0, le=1, description="Least share of the likeliest's chance")
-    repetition_penalty: float | None = Field(None, gt=0, le=10, description="Unset: the model's own")
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10, description="Unset: the model's own")
+    num_beams: int | None = Field(None, ge=1, le=MAX_BEAMS, description="Width of a beam search; 1: none")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the chat template")
 
 
@@ -271,6 +279,8 @@ def _as_prompts(value: Any) -> Any:
     """OpenAI takes a text, a list of texts, one array of token ids, or a list of such arrays."""
     if isinstance(value, str) or (isinstance(value, list) and value and all(type(t) is int for t in value)):
         return [value]
+    if not isinstance(value, list) or not any(all(type(it) is kind for it in value) for kind in (str, list)):
+        raise ValueError("must be a text, a list of texts, an array of token ids or a list of such arrays")
     return value
 
 
@@ -288,7 +298,8 @@ class CompletionRequest(OpenAIRequest):
     top_p: float | None = Field(None, gt=0, le=1, description="Draw from the likeliest tokens of this sum")
     top_k: int | None = Field(None, ge=0, le=1_000_000, description="Draw from this many of the likeliest")
     min_p: float | None = Field(None, ge=0, le=1, description="Least share of the likeliest's chance")
-    repetition_penalty: float | None = Field(None, gt=0, le=10, description="Unset: the model's own")
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10, description="Unset: the model's own")
+    num_beams: int | None = Field(None, ge=1, le=MAX_BEAMS, description="Width of a beam search; 1: none")
     seed: int | None = Field(None, description="The same seed gives the same answer")
     stop: Stop = Field(default=[], description="The answer ends before the first of these, at most four")
     n: int | None = Field(None, ge=1, le=MAX_ROWS, description="Answers to each prompt")
@@ -359,13 +370,14 @@ def sampling_of(request: Making) -> Sampling:
         request.min_p or 0.0,
         request.repetition_penalty,
         logprobs,
+        request.num_beams or 1,
     )
 
 
 def _refuse_unserved(request: ChatRequest | CompletionRequest) -> None:
     openai_api.refuse_unserved(
         request, functions=[], response_format={"type": "text"}, presence_penalty=0, frequency_penalty=0,
-        logit_bias={}, modalities=["text"], audio=None, tool_choice="auto", echo=False, best_of=1, suffix="",
+        logit_bias={}, modalities=["text"], audio=None, echo=False, best_of=1, suffix="",
     )  # fmt: skip
 
 
@@ -416,13 +428,15 @@ class Engine:
                 "a model that is made for chat.",
             )  # fmt: skip
         variables = request.chat_template_kwargs or {}
-        taken = inspect.signature(self.tokenizer.apply_chat_template).parameters.keys() & variables.keys()
+        given = {"messages", *inspect.signature(self.tokenizer.apply_chat_template).parameters}
+        taken = given & variables.keys()
         if taken:
             raise _wrong("chat_template_kwargs", "invalid_value", f"{min(taken)!r} is not the template's.")
         turns = [message.for_template() for message in request.messages or []]
+        tools = None if getattr(request, "tool_choice", None) == "none" else request.tools or None
         try:
             ids: list[int] = self.tokenizer.apply_chat_template(
-                turns, tools=request.tools or None, add_generation_prompt=True, tokenize=True,
+                turns, tools=tools, add_generation_prompt=True, tokenize=True,
                 return_dict=False, **variables,
             )  # fmt: skip
         except (TemplateError, ValueError, TypeError, KeyError) as error:
@@ -745,6 +759,9 @@ async def plan(request: Making, engine: Engine) -> Plan:
         )
     param = "prompt" if getattr(request, "messages", None) is None else "messages"
     asked, rows = sampling_of(request), []
+    for name, there in (("n", count > 1), ("logprobs", asked.logprobs is not None)):
+        if there and asked.beams > 1:
+            raise _wrong(name, "invalid_value", "not with num_beams above 1. Leave out one of them.")
     for ids in prompts:
         room = engine.generator.fit(len(ids), max_tokens, default=DEFAULT_TOKENS, param=param)
         tensor = torch.tensor([ids])
