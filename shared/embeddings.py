@@ -22,7 +22,7 @@ from shared import openai_api, prewarm
 from shared.batching import Batcher
 from shared.errors import JobError
 from shared.hardware import cpu_lanes, pick_device, share_cores
-from shared.jobs import Request, check_size, current_job
+from shared.jobs import Request, check_size, current_job, not_finite
 from shared.settings import WorkerSettings
 from shared.volume import ModelPath
 
@@ -309,14 +309,20 @@ class Encoder:
         )
 
     async def encode(self, texts: Sequence[Text], *, batch_size: int | None = None) -> np.ndarray:
-        """Embeddings of shape (len(texts), self.dimensions), float32, as the model gives them."""
+        """Embeddings of shape (len(texts), self.dimensions), float32, as the model gives them.
+
+        Raises JobError(code="not_finite").
+        """
         import numpy as np
 
         step = batch_size or len(texts)
         rows: list[np.ndarray] = []
         for start in range(0, len(texts), step):
             rows += await self._batcher.submit(texts[start : start + step])
-        return np.stack(rows)
+        embeddings = np.stack(rows)
+        if (broken := ~np.isfinite(embeddings).all(axis=1)).any():  # base64 would hide it
+            raise not_finite(f"in the embedding of text {broken.argmax()}")
+        return embeddings
 
     def _run(self, texts: list[Text]) -> list[np.ndarray]:
         """One forward pass, on an engine thread."""

@@ -168,11 +168,7 @@ def plain(result: Any) -> tuple[Any, str]:
         text = json.dumps(result, ensure_ascii=False, allow_nan=False, default=convert)
     except ValueError:
         where = _find(result, lambda v: isinstance(v, float) and not math.isfinite(v))
-        raise JobError(
-            f"The model gave a number that is not finite, at {where}. Try another DTYPE, such as float32.",
-            code="not_finite",
-            type="server_error",
-        ) from None
+        raise not_finite(f"at {where}") from None
     except TypeError as error:
         raise JobError(
             f"The result holds what JSON cannot: {error}.", code="not_json", type="server_error"
@@ -182,6 +178,15 @@ def plain(result: Any) -> tuple[Any, str]:
     except UnicodeEncodeError:
         text, converted = whole(text), True  # the SDK would not send it
     return (json.loads(text) if converted else result), text
+
+
+def not_finite(where: str) -> JobError:
+    """What is said of NaN and infinities, `where` in the answer they were."""
+    return JobError(
+        f"The model gave a number that is not finite, {where}. Try another DTYPE, such as float32.",
+        code="not_finite",
+        type="server_error",
+    )
 
 
 def _find(value: Any, wanted: Callable[[Any], bool], path: str = "output") -> str | None:

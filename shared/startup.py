@@ -33,10 +33,12 @@ _PERMANENT = (
     ("Unrecognized model in", "unsupported_architecture"),
     ("Unrecognized configuration class", "unsupported_architecture"),
     ("trust_remote_code", "needs_remote_code"),
+    ("packages that were not found in your environment", "missing_package"),
 )
 _ADVICE = {
     "unsupported_architecture": "Use a model that this image's libraries know, or a newer image.",
     "needs_remote_code": "Set TRUST_REMOTE_CODE=true if you trust the code in the model's repository.",
+    "missing_package": "Use another model, or add the package to the worker's requirements.in.",
 }
 
 # What an engine (vLLM 0.32, TGI 3.3) writes before it gives up, and what mends it. The first that is found

@@ -186,6 +186,14 @@ def failing(error: Exception) -> Any:
             "newer image",
         ),
         (ValueError("Please pass `trust_remote_code=True`"), "needs_remote_code", "TRUST_REMOTE_CODE"),
+        (
+            ImportError(
+                "This modeling file requires the following packages that were not found in your environment: "
+                "einops. Run `pip install einops`"
+            ),
+            "missing_package",
+            "requirements.in",
+        ),
     ],
 )  # fmt: skip
 async def test_a_permanent_cause_is_answered_to_every_job(

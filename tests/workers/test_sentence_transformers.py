@@ -244,6 +244,26 @@ async def test_batch_size_bounds_the_jobs_texts_in_a_batch(
     assert len(batches) <= len(batcher._lanes) + 1, "jobs that wait together run together"
 
 
+@pytest.mark.parametrize("encoding_format", ["float", "base64"])
+async def test_a_vector_that_is_not_finite_fails_its_job_alone(
+    worker: ModuleType, monkeypatch: pytest.MonkeyPatch, encoding_format: str
+) -> None:
+    batcher = worker.engine.encoder._batcher
+    run = batcher._run
+
+    def broken(texts: list[Any]) -> list[Any]:
+        return [
+            row * (np.nan if len(text.tokens) > 9 else 1) for text, row in zip(texts, run(texts), strict=True)
+        ]
+
+    monkeypatch.setattr(batcher, "_run", broken)
+    texts = ["fine", "too much " * 9]
+    answer = await send(worker, texts=texts, encoding_format=encoding_format)
+    problem = json.loads(answer["error"])
+    assert (problem["code"], "text 1" in problem["message"]) == ("not_finite", True)
+    assert "error" not in await send(worker, texts=texts[:1], encoding_format=encoding_format)
+
+
 # ---- OpenAI --------------------------------------------------------------------------------------------
 
 
