@@ -16,12 +16,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import functools
-import importlib.util
 import io
 import os
 import re
-import shutil
-import subprocess
 import sys
 import threading
 import warnings
@@ -46,7 +43,6 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # no EPS:
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30}):")
 _STANDARD = bytes.maketrans(b"-_", b"+/")
 _SOCKET_TIMEOUT_S = 10.0
-_FFMPEG_TIMEOUT_S = 120.0
 _FFMPEG_FORMATS = "mov,matroska,aac,amr,asf,mpegts,mp3,ogg,flac,wav"
 _BLOCK = 2**16
 # A pool of its own: servers that are slow must not keep the decoders of other jobs waiting.
@@ -151,14 +147,14 @@ def load_audio(
 ) -> NDArray[np.float32]:
     """Decode sound to mono float32 at `rate` Hz, about -1 to 1, at least one sample.
 
-    soundfile reads WAV, FLAC, MP3, OGG, Opus, AIFF and more; the rest (m4a, mp4, webm, aac, wma) needs PyAV
-    or else ffmpeg on PATH. Of a file cut short comes the sound that is whole, where its format allows that.
+    soundfile reads WAV, FLAC, MP3, OGG, Opus, AIFF and more; the rest (m4a, mp4, webm, aac, wma) PyAV
+    reads. Of a file cut short comes the sound that is whole, where its format allows that.
     allow_empty: a whole file that holds no sample gives none, and is no error.
     """
     import numpy as np
     import soundfile
 
-    # A file in memory: ffmpeg must seek in an mp4, and libsndfile stumbles over Python's own seeks.
+    # A file in memory: libsndfile stumbles over Python's own seeks.
     with os.fdopen(os.memfd_create("audio"), "wb") as file:
         file.write(data)
         file.seek(0)
@@ -167,8 +163,7 @@ def load_audio(
             if allow_empty and not samples.size:
                 return samples
         except soundfile.LibsndfileError:
-            read = _read_with_av if importlib.util.find_spec("av") else _read_with_ffmpeg
-            samples = read(file.fileno(), rate, param, max_seconds)
+            samples = _read_with_av(file.fileno(), rate, param, max_seconds)
     if not samples.size or not np.isfinite(samples).all():
         cause = "samples that are no numbers" if samples.size else "no sound that this worker reads"
         raise _refused(param, f"{cause}; send WAV, FLAC, MP3, OGG or Opus", "bad_audio")
@@ -295,30 +290,6 @@ def _read_with_av(fd: int, rate: int, param: str, max_seconds: float) -> NDArray
                     raise _over(param, f"{max_seconds:g} seconds")
         pieces += [part.to_ndarray().mean(axis=0) for part in resampler.resample(None)]
     return np.concatenate(pieces)
-
-
-def _read_with_ffmpeg(fd: int, rate: int, param: str, max_seconds: float) -> NDArray[np.float32]:
-    """No samples where ffmpeg is missing or cannot read it.
-
-    ffmpeg needs its `file` protocol to open /dev/fd, so what keeps a client's playlist from naming other
-    files is the list of formats: none of them refers to others.
-    """
-    import numpy as np
-
-    limit = int(max_seconds * rate) * 4
-    output = b""
-    if ffmpeg := shutil.which("ffmpeg"):
-        argv = f"-v quiet -protocol_whitelist file -format_whitelist {_FFMPEG_FORMATS} -i /dev/fd/{fd}"
-        # Without that bound two channels are added up to 1.41 times their mean.
-        argv += " -map 0:a:0 -af aresample=rematrix_maxval=1 -ac 1"
-        argv += f" -ar {rate} -f f32le -fs {limit + 4} pipe:1"
-        with suppress(subprocess.SubprocessError):
-            output = subprocess.check_output(
-                [ffmpeg, *argv.split()], stdin=subprocess.DEVNULL, pass_fds=[fd], timeout=_FFMPEG_TIMEOUT_S
-            )
-    if len(output) > limit:
-        raise _over(param, f"{max_seconds:g} seconds")
-    return np.frombuffer(output, "<f4").copy()
 
 
 def _refused(param: str, cause: str, code: str) -> JobError:
