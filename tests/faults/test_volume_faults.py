@@ -251,7 +251,8 @@ def mounted(*commands: str) -> list[str]:
     """The beginning of a command line that runs in mounts of its own; skips where those are not permitted."""
     as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
     inside = ["unshare", "--mount", *as_root, "sh", "-c", " && ".join([*commands, 'exec "$@"']), "sh"]
-    if shutil.which("unshare") is None or subprocess.run([*inside, "true"], capture_output=True).returncode:
+    probe = [*inside, sys.executable, "-c", ""]
+    if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True).returncode:
         pytest.skip("mounts are not permitted here")
     return inside
 
