@@ -390,6 +390,13 @@ def _stream_handler(
     return handler
 
 
+def refuse_stream(request: BaseModel) -> None:
+    """Raise JobError where `request` asks for a stream: for handlers that are no generators."""
+    if getattr(request, "stream", None):
+        message = "stream: this endpoint has STREAMING=false. Leave stream out."
+        raise JobError(message, param="stream", code="unsupported")
+
+
 def _serve(job: Job) -> None:
     """Mark the running task, which the SDK made for this job alone, as serving it."""
     job_id.set(job["id"])

@@ -7,8 +7,9 @@ it to the official clients. What it has of a model is the tokenizer and the chat
 word by word from a hash of the prompt's tokens and, where TGI would draw, of the sampling and the seed.
 
 Faults, for tests. In a prompt, where `n` counts tokens: [[fail n]] the generation fails, [[die n]] the router
-process is killed, [[hang n]] nothing answers any more, [[slow ms]] each token takes so long. In the
-environment: TGI_STAND_IN_START=crash, oom or hang, TGI_STAND_IN_STEP (seconds a token takes),
+process is killed, [[hang n]] nothing answers any more, [[stop n]] a stream just stops, [[slow ms]] each token
+takes so long. In the environment: TGI_STAND_IN_START=crash, oom or hang, TGI_STAND_IN_STEP (seconds a token
+takes),
 TGI_STAND_IN_KEEP_ALIVE (seconds of silence in a stream after which a comment is sent).
 """
 
@@ -295,6 +296,8 @@ class Model:
         while True:
             for fault in draft.faults:
                 if fault.count == len(ids):
+                    if fault.kind == "stop":
+                        return
                     await _break(fault)
             await asyncio.sleep(slow)
             if not coming:
@@ -547,7 +550,7 @@ class Router:
                 raise invalid("grammar is not valid: Grammar must have a 'properties' field")
         seed = p["seed"] if p["seed"] is not None else random.getrandbits(63)
         faults = [
-            Fault(kind, int(n)) for kind, n in re.findall(r"\[\[(fail|die|hang|slow) (\d+)\]\]", inputs)
+            Fault(kind, int(n)) for kind, n in re.findall(r"\[\[(fail|die|hang|stop|slow) (\d+)\]\]", inputs)
         ]
         return Draft(inputs, p, ids, min(wanted, max(room, 1)), seed, faults)
 

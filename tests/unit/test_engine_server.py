@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -282,13 +282,24 @@ async def test_what_ends_a_stream(shared_server: Watched, last: str) -> None:
     assert "".join(parts).endswith(f"{last}\n\n")
 
 
-async def test_what_comes_right_after_the_first_event_goes_with_it(
-    shared_server: Watched, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("broken", [None, ConnectionResetError()])
+async def test_what_comes_right_after_the_first_part_goes_with_it(broken: Exception | None) -> None:
     """The role of a chat's answer comes by itself, and would cost the first token a post of its own."""
-    monkeypatch.setattr(engine_server, "FIRST_S", 2.0)
-    parts = [part async for part in shared_server.stream("/stream", {"count": 3, "seconds": 0.01})]
-    assert parts[0].count("data: {") == 3
+
+    class Body:
+        async def iter_any(self) -> AsyncIterator[bytes]:
+            yield b"role "
+            yield b"later"
+
+        def exception(self) -> Exception | None:
+            return broken
+
+        def read_nowait(self) -> bytes:
+            assert broken is None
+            return b"token "
+
+    parts = [part async for part in engine_server._reads(Body())]  # type: ignore[arg-type]
+    assert parts == [b"role " if broken else b"role token ", b"later"]
 
 
 async def test_a_closed_stream_frees_the_engine(shared_server: Watched) -> None:

@@ -48,6 +48,19 @@ def returning(value: Any) -> Any:
     return handler
 
 
+@pytest.mark.parametrize("stream", [None, False, True])
+def test_a_stream_is_refused_where_the_handler_is_no_generator(stream: bool | None) -> None:
+    class Streamed(Request):
+        stream: bool | None = None
+
+    jobs.refuse_stream(Ask(text="a"))
+    if not stream:
+        return jobs.refuse_stream(Streamed(stream=stream))
+    with pytest.raises(JobError, match="STREAMING=false") as caught:
+        jobs.refuse_stream(Streamed(stream=stream))
+    assert (caught.value.param, caught.value.code) == ("stream", "unsupported")
+
+
 JOB = {"id": "job-1", "input": {"text": "a"}}
 
 

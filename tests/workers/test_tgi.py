@@ -353,7 +353,7 @@ def test_wrong_settings_stop_the_start_with_a_reason(tgi: ModuleType, env: dict[
 
 
 @pytest.mark.parametrize(
-    "extra", ["--port 5", "-p 5", "--graceful-termination-timeout=5", "--model-id=x", "'"]
+    "extra", ["--port 5", "-p 5", "-p5", "-p=5", "--graceful-termination-timeout=5", "--model-id=x", "'"]
 )
 def test_extra_arguments_are_not_the_workers_own(tgi: ModuleType, extra: str) -> None:
     with pytest.raises(StartError, match="TGI_EXTRA_ARGS"):
@@ -512,12 +512,11 @@ def running_there(worker: ModuleType) -> int:
     return int(found[1])
 
 
-def until(condition: Callable[[], Any], seconds: float = 60) -> float:
+def until(condition: Callable[[], Any], seconds: float = 60) -> None:
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < seconds, "it did not come true in time"
         time.sleep(0.01)
-    return time.monotonic() - started
 
 
 @engine
@@ -558,8 +557,20 @@ async def test_a_stream_is_the_plain_answer_in_pieces(worker: ModuleType, settin
 
 @engine
 async def test_tokens_stream_as_they_are_made(worker: ModuleType) -> None:
-    *pieces, _ = await parts(worker, prompt="[[slow 30]] go", max_tokens=20, temperature=0, stream=True)
-    assert len(pieces) > 3
+    asked = {"prompt": "[[slow 50]] go", "max_tokens": 2000, "temperature": 0, "stream": True}
+    stream = worker.handler({"id": "job-1", "input": asked})
+    for _ in range(3):
+        assert (await anext(stream))["response"]
+        assert await asyncio.to_thread(running_there, worker) == 1
+    await stream.aclose()
+    await asyncio.to_thread(until, lambda: running_there(worker) == 0)
+
+
+@engine
+async def test_a_stream_that_stops_before_its_end_is_no_answer(worker: ModuleType) -> None:
+    *pieces, told, end = await parts(worker, prompt="[[stop 3]]", stream=True)
+    assert pieces
+    assert told["detail"]["code"] == json.loads(end["error"])["code"] == "engine_unreachable"
 
 
 @engine
@@ -712,7 +723,7 @@ async def test_an_error_within_a_stream_comes_after_what_was_made(worker: Module
     "payload",
     [
         {"prompt": "[[slow 3600000]]"},
-        {"prompt": "[[slow 50]]", "stream": True, "max_tokens": 2000},
+        {"prompt": "[[slow 500]]", "stream": True, "max_tokens": 2000},
         {"prompt": "[[slow 3600000]]", "best_of": 2},
         {"openai_route": "/v1/completions", "openai_input": {"prompt": ["[[slow 3600000]]"] * 2}},
         {"openai_route": "/v1/completions", "openai_input": {"prompt": "[[slow 3600000]]", "stream": True}},
@@ -726,7 +737,7 @@ async def test_a_cancelled_job_gives_its_places_up(worker: ModuleType, payload: 
     job.cancel()
     with suppress(asyncio.CancelledError):
         await job
-    assert await asyncio.to_thread(until, lambda: running_there(worker) == 0) < 1
+    await asyncio.to_thread(until, lambda: running_there(worker) == 0)  # by itself it would take far longer
 
 
 @engine
@@ -842,8 +853,15 @@ async def test_a_server_elsewhere_that_goes_away() -> None:
 
 
 @pytest.fixture(scope="module")
-def platform() -> Iterator[Platform]:
-    with running("tgi", env={**local_env("tgi"), "HF_TOKEN": SECRET, "API_KEY": SECRET}) as platform:
+def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("volume")
+
+
+@pytest.fixture(scope="module")
+def platform(volume: Path) -> Iterator[Platform]:
+    """As in TGI's image, on an endpoint with a volume."""
+    env = {"HF_TOKEN": SECRET, "API_KEY": SECRET, "HF_HOME": "/data", "RUNPOD_VOLUME_PATH": str(volume)}
+    with running("tgi", env={**local_env("tgi"), **env}) as platform:
         yield platform
 
 
@@ -962,6 +980,12 @@ def launcher_of(worker: WorkerProcess) -> int:
 
 
 @engine
+def test_the_launcher_fetches_to_the_volume(platform: Platform, volume: Path) -> None:
+    given = Path(f"/proc/{launcher_of(platform.workers[0])}/environ").read_text().split("\0")
+    assert f"HF_HOME={volume / 'huggingface-cache'}" in given
+
+
+@engine
 def test_a_worker_whose_tgi_dies_is_replaced() -> None:
     """In the middle of answers: all are told, and the next job is answered by another process."""
     with running("tgi", env=local_env("tgi"), rules=QUICK) as platform:
@@ -997,7 +1021,7 @@ async def health(platform: Platform) -> Any:
 
 @engine
 def test_a_worker_whose_tgi_hangs_is_replaced() -> None:
-    env = {**local_env("tgi"), "HEALTH_TIMEOUT": "3"}
+    env = {**local_env("tgi"), "HEALTH_TIMEOUT": "8"}
     with running("tgi", env=env, rules=QUICK) as platform:
         first = platform.workers[0]
         bad = runsync(platform, {"prompt": "[[hang 2]]"})
@@ -1015,9 +1039,9 @@ def test_told_to_end_a_worker_finishes_its_jobs() -> None:
         session = launcher_of(worker)
         with ThreadPoolExecutor(1) as pool:
             job = pool.submit(
-                runsync, platform, {"prompt": "[[slow 100]] go", "max_tokens": 15, "temperature": 0}
+                runsync, platform, {"prompt": "[[slow 300]] go", "max_tokens": 15, "temperature": 0}
             )
-            until(lambda: platform.call(health(platform))["jobs"]["inProgress"] == 1)
+            until(lambda: job.done() or platform.call(health(platform))["jobs"]["inProgress"] == 1)
             worker.terminate()
             assert job.result()["status"] == "COMPLETED"
         until(lambda: worker.returncode is not None)

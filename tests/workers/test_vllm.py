@@ -131,6 +131,11 @@ def test_variables_become_flags(
         ({"VLLM_EXTRA_ARGS": "--port 80"}, "VLLM_EXTRA_ARGS: --port is the worker's own."),
         ({"VLLM_EXTRA_ARGS": "--api-key=x"}, "VLLM_EXTRA_ARGS: --api-key is the worker's own."),
         ({"VLLM_EXTRA_ARGS": "--hf_token x"}, "VLLM_EXTRA_ARGS: --hf-token is the worker's own."),
+        ({"VLLM_EXTRA_ARGS": "--api-k=x"}, "VLLM_EXTRA_ARGS: --api-key is the worker's own."),
+        (
+            {"VLLM_EXTRA_ARGS": "--config x.yaml"},
+            "VLLM_EXTRA_ARGS: --config is the worker's own. Set VLLM_CONFIG_FILE.",
+        ),
         ({"VLLM_EXTRA_ARGS": "'"}, "VLLM_EXTRA_ARGS: No closing quotation"),
         ({"VLLM_CONFIG_FILE": "/nowhere.yaml"}, "VLLM_CONFIG_FILE: "),
         ({"ENGINE_COMMAND": "vllm serve"}, "ENGINE_COMMAND='vllm serve'"),
@@ -163,6 +168,36 @@ def test_the_config_file_settles_what_it_names(words: Callable[..., list[str]], 
     found = words(MODEL_NAME="me/model", VLLM_CONFIG_FILE=str(file), CUDA_VISIBLE_DEVICES="0,1")
     assert found[found.index("--config") + 1] == str(file)
     assert "--tensor-parallel-size" not in found
+
+
+@pytest.mark.parametrize(
+    ("text", "flag"),
+    [
+        ("seed: 1\napi-key: x", "api-key"), ("api_key: [x, y]", "api-key"), ('{"api-key": x}', "api-key"),
+        ("'api-k': x", "api-key"), ("uds: /tmp/x", "uds"), ("ssl-keyfile: x", "ssl-keyfile"),
+    ],
+)  # fmt: skip
+def test_the_config_file_has_nothing_of_the_workers_own(
+    words: Callable[..., list[str]], tmp_path: Path, text: str, flag: str
+) -> None:
+    """With a key of its own, the engine would refuse its worker."""
+    file = tmp_path / "vllm.yaml"
+    file.write_text(text)
+    with pytest.raises(StartError, match=f"VLLM_CONFIG_FILE: {flag} is the worker's own") as caught:
+        words(MODEL_NAME="me/model", VLLM_CONFIG_FILE=str(file))
+    assert caught.value.code == "bad_setting"
+
+
+@pytest.mark.parametrize("text", ["a: [", "seed", None])
+def test_a_config_file_that_cannot_be_read(
+    words: Callable[..., list[str]], tmp_path: Path, text: str | None
+) -> None:
+    file = tmp_path / "vllm.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(StartError, match="VLLM_CONFIG_FILE: ") as caught:
+        words(MODEL_NAME="me/model", VLLM_CONFIG_FILE=str(file))
+    assert "\n" not in caught.value.message
 
 
 def test_served_names(words: Callable[..., list[str]]) -> None:
@@ -441,6 +476,31 @@ def test_a_job_reaches_listed_routes_by_their_method_only(vllm: ModuleType) -> N
     }  # fmt: skip
 
 
+def test_the_official_workers_routes(vllm: ModuleType) -> None:
+    def parsed(**given: Any) -> Any:
+        request = jobs.parse(
+            {"id": "1", "input": given}, [vllm.GenerateRequest, vllm.RouteRequest], vllm.ROUTES
+        )
+        return vllm.call(request.call)  # type: ignore[attr-defined]
+
+    body = {"prompt": "a", "stream": True, "anything": [1]}
+    assert parsed(route="/v1/completions", body=body) == ("POST", "/v1/completions", body)
+    assert parsed(route="/v1/completions/", body=body, method="post")[0] == "POST"
+    assert parsed(route="/v1/models") == ("GET", "/v1/models", None)
+    assert parsed(route="/v1/models", method="GET", body={}) == ("GET", "/v1/models", None)
+    for wrong, param in (
+        ({"route": "/metrics"}, "route"),
+        ({"route": "@evil.example/v1/models"}, "route"),
+        ({"route": "/v1/models", "method": "DELETE"}, "method"),
+        ({"route": "/v1/completions", "body": "a"}, "body"),
+        ({"route": "/v1/completions", "body": {"stream": 1}}, "stream"),
+        ({"route": "/v1/completions", "bdy": {}}, "bdy"),
+    ):
+        with pytest.raises(JobError) as caught:
+            parsed(**wrong)
+        assert caught.value.param == param
+
+
 def test_prewarm_asks_what_the_model_can_do(vllm: ModuleType) -> None:
     paths = ("/v1/completions", "/v1/embeddings", "/score")
     asked = [vllm.prewarm_inputs(f'{{"paths": {{"{path}": {{}}}}}}')[0] for path in paths]
@@ -532,6 +592,16 @@ def test_a_port_in_use_and_the_concurrency(supervised: Client) -> None:
     answer = supervised.wait(supervised.run(prompt="hello"))
     assert answer["status"] == "COMPLETED", answer
     assert answer["output"][0]["id"] == f"cmpl-{answer['id']}"
+
+
+@engine
+def test_a_stream_that_stops_before_its_end_is_no_answer(supervised: Client) -> None:
+    answer = supervised.wait(supervised.run(prompt="stop", stream=True))
+    assert answer["status"] == "FAILED", answer
+    assert json.loads(answer["error"])["code"] == "engine_unreachable"
+    whole = supervised.wait(supervised.run(prompt="hello", stream=True))
+    assert whole["status"] == "COMPLETED", whole
+    assert "".join(whole["output"]).endswith("data: [DONE]\n\n")
 
 
 @engine

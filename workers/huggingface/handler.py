@@ -38,7 +38,7 @@ from shared import openai_api, prewarm, startup
 from shared.errors import JobError, StartError
 from shared.generation import Chance, Generator, Piece, Sampling, cache_budget, input_device
 from shared.hardware import pick_device
-from shared.jobs import Request, current_job, is_out_of_memory, job_handler, start_config
+from shared.jobs import Request, current_job, is_out_of_memory, job_handler, refuse_stream, start_config
 from shared.openai_api import (
     ChatCompletion,
     ChatCompletionRequest,
@@ -723,8 +723,7 @@ async def handler(request: Asked) -> AsyncIterator[Answer | dict[str, Any] | str
 @job_handler(GenerateRequest, routes=ROUTES)
 async def plain_handler(request: Asked) -> Answer:
     """The handler where STREAMING is false."""
-    if not isinstance(request, ModelsRequest) and request.stream:
-        raise _wrong("stream", "unsupported", "this endpoint has STREAMING=false. Leave stream out.")
+    refuse_stream(request)
     return await answer(request, engine)
 
 

@@ -34,7 +34,7 @@ from shared import openai_api, prewarm, startup
 from shared.errors import JobError, StartError
 from shared.generation import Generator, Piece, Sampling
 from shared.hardware import pick_device
-from shared.jobs import Request, current_job, job_handler, start_config
+from shared.jobs import Request, current_job, job_handler, refuse_stream, start_config
 from shared.media import encode_image, load_bytes, load_image
 from shared.openai_api import (
     ChatCompletion,
@@ -360,8 +360,7 @@ async def handler(request: Asked) -> AsyncIterator[Answer | dict[str, str] | str
 @job_handler(LlavaRequest, routes=ROUTES)
 async def plain_handler(request: Asked) -> Answer:
     """The handler where STREAMING is false."""
-    if not isinstance(request, ModelsRequest) and request.stream:
-        raise _wrong("stream", "unsupported", "this endpoint has STREAMING=false. Leave stream out.")
+    refuse_stream(request)
     return await answer(request, engine)
 
 

@@ -39,7 +39,7 @@ from shared import openai_api, prewarm, startup
 from shared.engine_server import EngineClient, EngineFailed, EngineServer
 from shared.errors import JobError, StartError
 from shared.generation import StopStrings
-from shared.jobs import Request, current_job, job_handler, start_config
+from shared.jobs import Request, current_job, job_handler, refuse_stream, start_config
 from shared.logs import log, redact
 from shared.openai_api import ModelList, ModelsRequest, OpenAIRequest, StreamOptions, Usage
 from shared.settings import WorkerSettings, read_settings
@@ -223,7 +223,9 @@ def command(settings: Settings, model: str, revision: str | None, port: int) -> 
         extra = shlex.split(settings.tgi_extra_args)
     except ValueError as error:
         raise StartError(f"TGI_EXTRA_ARGS: {error}.", code="bad_setting") from None
-    if taken := _OWN_FLAGS & {word.partition("=")[0] for word in extra}:
+    # -p5 is -p 5
+    words = {word.partition("=")[0] if word.startswith("--") else word[:2] for word in extra}
+    if taken := _OWN_FLAGS & words:
         raise StartError(
             f"TGI_EXTRA_ARGS: {min(taken)} is the worker's own. Leave it out.", code="bad_setting"
         )
@@ -718,8 +720,7 @@ async def handler(request: Asked) -> AsyncIterator[Answer | str]:
 @job_handler(GenerateRequest, routes=ROUTES)
 async def plain_handler(request: Asked) -> Answer:
     """The handler where STREAMING is false."""
-    if not isinstance(request, ModelsRequest) and request.stream:
-        raise _wrong("stream", "unsupported", "this endpoint has STREAMING=false. Leave stream out.")
+    refuse_stream(request)
     return await answer(request, engine)
 
 

@@ -15,7 +15,8 @@ A request may have every other field that vLLM's own takes: tools, response_form
 structured_outputs, chat_template_kwargs, `model` with the name of a LoRA adapter, ...
 
 OpenAI:   the routes of ROUTES, as {"openai_route": ..., "openai_input": ...} or through the endpoint's own
-/openai/v1 address. Their bodies and answers are vLLM's, untouched.
+/openai/v1 address; the official worker's {"route": ..., "body": ...} is the same. Their bodies and answers
+are vLLM's, untouched.
 
 A worker that streams is a generator, so RunPod gives a plain job's answer as a list of one; with
 STREAMING=false it is the object itself.
@@ -36,12 +37,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from shared import prewarm, startup
 from shared.engine_server import EngineServer
 from shared.errors import JobError, StartError
-from shared.jobs import Request, current_job, job_handler, start_config
+from shared.jobs import Request, current_job, job_handler, refuse_stream, start_config, validate
 from shared.logs import log
 from shared.openai_api import OpenAIRequest
 from shared.settings import WorkerSettings, read_settings
@@ -154,6 +156,9 @@ RESERVED = {
     "node-rank", "port", "revision", "root-path", "served-model-name", "ssl-ca-certs", "ssl-cert-reqs",
     "ssl-certfile", "ssl-ciphers", "ssl-keyfile", "trust-remote-code", "uds", "watermark",
 }  # fmt: skip
+# Never the user's: the worker would not reach its engine, or the log would tell a secret. The worker's host
+# and port, which come last, win over a file's.
+OWN = {"api-key", "hf-token", "ssl-certfile", "ssl-keyfile", "uds"}
 ZERO_IS_UNSET = {"max-model-len", "max-num-batched-tokens", "max-num-seqs"}
 # Flags that may name another repository on the hub.
 FETCHING = {
@@ -284,17 +289,17 @@ def build_command(settings: Settings, model: ModelPath, environ: Mapping[str, st
         extra = shlex.split(settings.vllm_extra_args)
     except ValueError as error:
         raise StartError(f"VLLM_EXTRA_ARGS: {error}.", code="bad_setting") from None
-    named = {word[2:].partition("=")[0].replace("_", "-") for word in extra if word.startswith("--")}
-    if taken := named & {"host", "port", "uds", "model", "api-key", "hf-token"}:
-        raise StartError(
-            f"VLLM_EXTRA_ARGS: --{min(taken)} is the worker's own. Leave it out.", code="bad_setting"
-        )
+    named = {spelt_out(word[2:].partition("=")[0]) for word in extra if word.startswith("--")}
+    if taken := named & (OWN | {"host", "port", "model", "config"}):
+        hint = "Set VLLM_CONFIG_FILE" if "config" in taken else "Leave it out"
+        raise StartError(f"VLLM_EXTRA_ARGS: --{min(taken)} is the worker's own. {hint}.", code="bad_setting")
     if settings.vllm_config_file:
-        try:
-            text = Path(settings.vllm_config_file).read_text()
-        except OSError as error:
-            raise StartError(f"VLLM_CONFIG_FILE: {error}.", code="bad_setting") from None
-        named |= {key.replace("_", "-") for key in re.findall(r"^([\w-]+) *:", text, re.MULTILINE)}
+        given = config_flags(settings.vllm_config_file)
+        if taken := given & OWN:
+            raise StartError(
+                f"VLLM_CONFIG_FILE: {min(taken)} is the worker's own. Leave it out.", code="bad_setting"
+            )
+        named |= given
     settled = {name.removeprefix("no-") for name in named | flags.keys()}
     head = [word.replace("{model}", str(model.path)) for word in shlex.split(settings.engine_command)]
     command = Command(head, flags, extra, settled)
@@ -303,6 +308,25 @@ def build_command(settings: Settings, model: ModelPath, environ: Mapping[str, st
     if share and (gpus := usable_gpus(model.path, share)) > 1:
         command.default("tensor-parallel-size", str(gpus))
     return command
+
+
+def spelt_out(flag: str) -> str:
+    """The flag that vLLM takes this one for: with underscores, or only its beginning."""
+    flag, kinds = flag.replace("_", "-"), vllm()["flags"]
+    begun = [name for name in kinds if name.startswith(flag)]
+    return begun[0] if flag not in kinds and len(begun) == 1 else flag
+
+
+def config_flags(file: str) -> set[str]:
+    """The flags that vLLM's YAML file gives. Raises StartError for one that it could not read."""
+    try:
+        content = yaml.safe_load(Path(file).read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        told = " ".join(str(error).split())
+        raise StartError(f"VLLM_CONFIG_FILE: {told}.", code="bad_setting") from None
+    if not isinstance(content, dict):
+        raise StartError("VLLM_CONFIG_FILE: it holds no flags, as in `seed: 1`.", code="bad_setting")
+    return {spelt_out(str(key)) for key in content}
 
 
 def count_gpus(environ: Mapping[str, str]) -> int:
@@ -443,6 +467,29 @@ ROUTES: dict[str, type[BaseModel]] = {
 }
 
 
+class RouteRequest(Request):
+    """The official worker's form of one of ROUTES."""
+
+    route: str = Field(description="One of these routes")
+    body: dict[str, Any] | None = Field(None, description="What vLLM takes there")
+    method: str | None = Field(None, description="The route's own, which needs not be said")
+
+    @property
+    def call(self) -> Call:
+        """Raises JobError for a route that is not served, and for another method than its own."""
+        path = self.route.partition("?")[0].rstrip("/")
+        found = ROUTES.get(path)
+        if found is None:
+            served = ", ".join(ROUTES)
+            raise _wrong("route", "unknown_route", f"{self.route[:60]!r} is not served here. Use {served}.")
+        assert issubclass(found, Call)
+        if self.method and self.method.upper() != found.method:
+            raise _wrong("method", "invalid_value", f"{path} is asked with {found.method}.")
+        made = validate(found, self.body or {})
+        assert isinstance(made, Call)
+        return made
+
+
 DEFAULT_TOKENS = 512
 default_tokens = DEFAULT_TOKENS
 """What `prepare` makes of it: vLLM refuses more than the model's length, and itself counts the prompt."""
@@ -540,8 +587,13 @@ def jobs_at_a_time(metrics: str, most: int) -> int:
 # ---- handle --------------------------------------------------------------------------------------------
 
 
-@job_handler(GenerateRequest, routes=ROUTES)
-async def handler(request: GenerateRequest | Call) -> AsyncIterator[dict[str, Any] | str]:
+Asked = GenerateRequest | RouteRequest | Call
+
+
+@job_handler(GenerateRequest, RouteRequest, routes=ROUTES)
+async def handler(request: Asked) -> AsyncIterator[dict[str, Any] | str]:
+    if isinstance(request, RouteRequest):
+        request = request.call
     if request.stream:
         async for events in relay(stream(request)):
             yield events
@@ -549,11 +601,12 @@ async def handler(request: GenerateRequest | Call) -> AsyncIterator[dict[str, An
         yield await answer(request)
 
 
-@job_handler(GenerateRequest, routes=ROUTES)
-async def plain_handler(request: GenerateRequest | Call) -> dict[str, Any]:
+@job_handler(GenerateRequest, RouteRequest, routes=ROUTES)
+async def plain_handler(request: Asked) -> dict[str, Any]:
     """The handler where STREAMING is false."""
-    if request.stream:
-        raise _wrong("stream", "unsupported", "this endpoint has STREAMING=false. Leave stream out.")
+    if isinstance(request, RouteRequest):
+        request = request.call
+    refuse_stream(request)
     return await answer(request)
 
 

@@ -1,6 +1,7 @@
 """As much of `vllm serve` as the failures of workers/vllm need, in a second instead of a minute.
 
-Prompts are orders: `wait SECONDS`, `die`, `hang`, anything else is answered; each is printed. Environment:
+Prompts are orders: `wait SECONDS`, `die`, `hang`, `stop` (a stream, without its end); anything else is
+answered, and each is printed. Environment:
 FAKE_SAYS is written before an exit with status 1, FAKE_SAYS_ONCE (FILE:TEXT) only where FILE is missing.
 Its processes are the server and one that would hold a GPU.
 """
@@ -47,7 +48,8 @@ async def completions(request: web.Request) -> web.StreamResponse:
     await response.prepare(request)
     await response.write(f"data: {json.dumps(answer)}\n\n".encode())
     await obey(body["prompt"])
-    await response.write(b"data: [DONE]\n\n")
+    if body["prompt"] != "stop":
+        await response.write(b"data: [DONE]\n\n")
     return response
 
 
