@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.errors import StartError
@@ -15,7 +15,7 @@ DType = Literal["auto", "bfloat16", "float16", "float32"]
 class WorkerSettings(BaseSettings):
     """What all workers have. The field `max_concurrency` is the variable `MAX_CONCURRENCY`, and so on.
 
-    An empty variable counts as unset.
+    Space around a value is no part of it, and an empty variable counts as unset.
 
     A worker subclasses it, gives `model_name` its default and adds its own fields.
     """
@@ -25,8 +25,15 @@ class WorkerSettings(BaseSettings):
         extra="ignore",
         frozen=True,
         protected_namespaces=(),
-        str_strip_whitespace=True,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _strip(cls, values: dict[str, Any]) -> dict[str, Any]:
+        stripped = {
+            name: value.strip() if isinstance(value, str) else value for name, value in values.items()
+        }
+        return {name: value for name, value in stripped.items() if value != ""}
 
     model_name: str = Field(description="Model id on the Hugging Face Hub, or a folder")
     model_revision: str | None = Field(None, description="Branch, tag or commit of the model")

@@ -48,6 +48,16 @@ def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> N
     assert read_settings(Settings).model_name == "some/model"
 
 
+def test_space_around_a_value_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"MODEL_NAME": "  ", "MODE": "small ", "PREWARM": " false", "HF_TOKEN": f"{TOKEN}\n"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    settings = read_settings(Settings)
+    assert (settings.model_name, settings.mode, settings.prewarm) == ("some/model", "small", False)
+    assert settings.hf_token is not None
+    assert settings.hf_token.get_secret_value() == TOKEN
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "allowed"),
     [
