@@ -87,6 +87,11 @@ def _as_list(value: Any) -> Any:
     return value
 
 
+def _or_float(value: Any) -> Any:
+    """Some clients write out what they leave to the server."""
+    return "float" if value is None else value
+
+
 class EmbeddingsRequest(OpenAIRequest):
     """The body of POST /v1/embeddings."""
 
@@ -94,7 +99,7 @@ class EmbeddingsRequest(OpenAIRequest):
         description="A text, a list of texts, an array of the model's own token ids, or a list of such arrays"
     )
     model: str | None = Field(None, description="The served model's name")
-    encoding_format: Literal["float", "base64"] = Field(
+    encoding_format: Annotated[Literal["float", "base64"], BeforeValidator(_or_float)] = Field(
         "float", description="Lists of numbers, or base64 of little-endian float32"
     )
     dimensions: int | None = Field(None, ge=1, description="Keep this many leading dimensions")

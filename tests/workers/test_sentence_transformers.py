@@ -92,7 +92,7 @@ async def test_a_vector_does_not_depend_on_its_neighbours(worker: ModuleType) ->
     alone = [(await send(worker, text=text))["embeddings"][0] for text in MIXED]
     together = await asyncio.gather(*(send(worker, text=text) for text in MIXED * 4))
     for number, answer in enumerate(together):
-        np.testing.assert_allclose(answer["embeddings"][0], alone[number % len(MIXED)], atol=1e-6)
+        np.testing.assert_allclose(answer["embeddings"][0], alone[number % len(MIXED)], atol=1e-5)
 
 
 # ---- the contract --------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ async def test_every_way_to_say_it_gives_the_same(worker: ModuleType, payload: d
     answer = await send(worker, **payload)
     assert answer["count"] == 1
     np.testing.assert_allclose(
-        answer["embeddings"], (await send(worker, texts=["a"]))["embeddings"], atol=1e-6
+        answer["embeddings"], (await send(worker, texts=["a"]))["embeddings"], atol=1e-5
     )
 
 
@@ -185,14 +185,14 @@ async def test_a_text_too_long_is_cut_and_counted_or_refused(worker: ModuleType)
 async def test_a_prompt_goes_before_each_text(worker: ModuleType) -> None:
     expected = (await send(worker, texts=["query: a", "query: b"]))["embeddings"]
     answer = await send(worker, texts=["a", "b"], prompt="query: ")
-    np.testing.assert_allclose(answer["embeddings"], expected, atol=1e-6)
+    np.testing.assert_allclose(answer["embeddings"], expected, atol=1e-5)
 
 
 async def test_base64_holds_the_same_float32_and_is_three_times_smaller(worker: ModuleType) -> None:
     numbers = await send(worker, texts=MIXED * 8)
     coded = await send(worker, texts=MIXED * 8, encoding_format="base64")
     decoded = [np.frombuffer(base64.b64decode(row), "<f4") for row in coded["embeddings"]]
-    np.testing.assert_allclose(decoded, numbers["embeddings"], atol=1e-6)
+    np.testing.assert_allclose(decoded, numbers["embeddings"], atol=1e-5)
     sizes = [len(json.dumps(answer["embeddings"])) for answer in (numbers, coded)]
     assert sizes[0] / sizes[1] > 2.4
     as_float64 = len(json.dumps(np.array(numbers["embeddings"], np.float32).astype(float).tolist()))
@@ -277,8 +277,12 @@ async def test_the_openai_route_has_openais_exact_shape(worker: ModuleType) -> N
         ({"object", "embedding", "index"}, "embedding", 0),
         ({"object", "embedding", "index"}, "embedding", 1),
     ]
+    nulls = await openai(
+        worker, "/v1/embeddings", input="a", encoding_format=None, dimensions=None, model=None
+    )
+    assert len(nulls["data"][0]["embedding"]) == 384
     native = await send(worker, texts=["a b", "c"])
-    np.testing.assert_allclose([row["embedding"] for row in answer["data"]], native["embeddings"], atol=1e-6)
+    np.testing.assert_allclose([row["embedding"] for row in answer["data"]], native["embeddings"], atol=1e-5)
 
 
 async def test_token_arrays_mean_the_text_that_they_are(worker: ModuleType) -> None:
@@ -288,7 +292,7 @@ async def test_token_arrays_mean_the_text_that_they_are(worker: ModuleType) -> N
         ids = tokenizer("hello brave world", add_special_tokens=special)["input_ids"]
         for value in (ids, [ids], [ids, [101, 102]]):
             answer = await openai(worker, "/v1/embeddings", input=value)
-            np.testing.assert_allclose(answer["data"][0]["embedding"], expected, atol=1e-6)
+            np.testing.assert_allclose(answer["data"][0]["embedding"], expected, atol=1e-5)
             assert answer["usage"]["prompt_tokens"] == (7 if len(value) == 2 else 5)
 
 
@@ -348,7 +352,7 @@ async def test_a_model_without_a_transformer_goes_through_the_library(static_mod
     assert (encoder.takes_tokens, encoder.dimensions) == (False, 16)
     texts = encoder.tokenize(["a b c", "d"], prompt="p: ", truncate=True, param="texts")
     rows = await encoder.encode(texts)
-    np.testing.assert_allclose(rows, model.encode(["a b c", "d"], prompt="p: "), atol=1e-6)
+    np.testing.assert_allclose(rows, model.encode(["a b c", "d"], prompt="p: "), atol=1e-5)
     jobs.current_job.set({"id": "1"})
     with pytest.raises(JobError, match="texts, not token ids"):
         encoder.tokenize([[1, 2]], prompt="", truncate=True, param="input")
@@ -411,7 +415,7 @@ def test_the_openai_client_gets_what_the_runpod_client_gets(
         rows = [row.embedding for row in reply.data]
         if encoding == {"encoding_format": "base64"}:
             rows = [np.frombuffer(base64.b64decode(row), "<f4") for row in rows]
-        np.testing.assert_allclose(rows, native["embeddings"], atol=1e-6)
+        np.testing.assert_allclose(rows, native["embeddings"], atol=1e-5)
     assert (
         len(client.embeddings.create(model="all-MiniLM-L6-v2", input="a", dimensions=8).data[0].embedding)
         == 8

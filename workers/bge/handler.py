@@ -502,7 +502,7 @@ def prepare() -> dict[str, Any]:
     settings = read_settings(Settings)
     engine = load(settings)
     if settings.prewarm:
-        # The shapes that matter: a lone short text, and a batch of texts at the model's full length.
+        # The shapes that matter: a lone short text, and a batch of texts as long as most models take them.
         short, long = "warm", ["warm " * 600] * 4
         if isinstance(engine.model, Reranker):
             requests = [{"query": short, "documents": documents} for documents in ([short], long)]

@@ -95,7 +95,7 @@ def prepare() -> dict[str, Any]:
     settings = read_settings(Settings)
     engine = load(settings)
     if settings.prewarm:
-        # The shapes that matter: a lone short text, and a batch of texts at the model's full length.
+        # The shapes that matter: a lone short text, and a batch of texts as long as most models take them.
         prewarm.run(handler, [{"text": "warm"}, {"texts": ["warm " * 600] * 4}])
     return start_config(handler, settings)
 
