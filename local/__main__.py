@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,15 @@ def _assignment(text: str) -> tuple[str, str]:
     return name, value if equals else os.environ[name]
 
 
+def _number(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not (text.isdecimal() and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"{text!r} is no number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0 for success, 1 for a worker or a job that failed, 2 for wrong arguments."""
     parser = argparse.ArgumentParser(prog="python -m local", description=__doc__)
@@ -161,9 +171,9 @@ def main(argv: list[str] | None = None) -> int:
             default=[],
             help="an option of docker run, as in --docker=--gpus=all",
         )
-        sub.add_argument("--port", type=int, default=8000 if name == "serve" else 0)
+        sub.add_argument("--port", type=_number(0, 65535), default=8000 if name == "serve" else 0)
         if name == "serve":
-            sub.add_argument("--workers", type=int, default=1)
+            sub.add_argument("--workers", type=_number(1, 100), default=1)
             sub.set_defaults(verbose=True)
         else:
             sub.add_argument("--verbose", action="store_true", help="print the worker's log")

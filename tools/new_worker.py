@@ -43,8 +43,7 @@ def make(name: str, root: Path = ROOT) -> list[Path]:
 
 
 def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    for path in make(name):
+    for path in make(" ".join(sys.argv[1:])):
         print(path)
     print("Next: make test-fast, write handler.py, say in docker-bake.hcl what it does.")
     print("After a change of requirements.in: make lock. After one of a field: make docs.")

@@ -207,7 +207,9 @@ def test_new_worker_is_in_every_table(house: Path) -> None:
     assert "| `min_letters` | integer, 1 to 100 | `1` |" in (house / f"workers/{NAME}/README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["", "My-Model", "a/b", "a_b", "1st", "a-", worker_names()[0], "x-release"])
+@pytest.mark.parametrize(
+    "name", ["", "My-Model", "a/b", "a b", "a_b", "1st", "a-", worker_names()[0], "x-release"]
+)
 def test_new_worker_refuses_a_name_that_cannot_be(name: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         new_worker.make(name)
