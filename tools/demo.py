@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import time
 import urllib.request
 from typing import Any
@@ -48,6 +49,7 @@ def similarities(rows: np.ndarray) -> str:
 
 
 def main() -> None:
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"  # a proxy cannot reach this machine's own
     version = importlib.metadata.version("runpod")
     print(f"Starting workers/{WORKER} under the local platform, with runpod {version} in production mode ...")
     with running(WORKER, env=local_env(WORKER)) as platform:

@@ -443,8 +443,9 @@ def test_the_cold_start_is_told_by_phase(platform: Platform) -> None:
 
 def test_make_run_shows_it_and_ends_well() -> None:
     shown = subprocess.run(
-        [sys.executable, "-m", "tools.demo"], capture_output=True, text=True, timeout=150, check=False
-    )
+        [sys.executable, "-m", "tools.demo"], capture_output=True, text=True, timeout=150, check=False,
+        env={**os.environ, "HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"},
+    )  # fmt: skip
     assert shown.returncode == 0, shown.stderr
     for part in ("Cold start", "384 dimensions", "1.00", "by the openai client", "It works."):
         assert part in shown.stdout
