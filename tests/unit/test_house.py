@@ -25,7 +25,9 @@ from tools.workers import ROOT, load_handler, worker_names
 FILES = {"handler.py", "Dockerfile", "requirements.in", "requirements.txt", "test_input.json", "README.md"}
 VERBS = ("run", "serve", "build", "push", "shell")
 BIN = Path(sys.executable).parent
-NO_NETWORK = re.compile("Failed to fetch|error sending request|Request failed")
+NO_NETWORK = re.compile(
+    "Failed to fetch|error sending request|Request failed|network timeout|timed out|response body"
+)
 
 each_worker = pytest.mark.parametrize("name", worker_names())
 each_lock = pytest.mark.parametrize("folder", lock.lock_folders(), ids=str)
