@@ -609,12 +609,14 @@ async def test_what_goes_before_each_text_cannot_fill_the_memory(use: Callable[.
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(("name", "field"), [("bge-small-en", "prompt"), ("rank-bert", "query")])
+@pytest.mark.parametrize(
+    ("name", "field"), [("bge-small-en", "prompt"), ("bge-small-en", "instruction"), ("rank-bert", "query")]
+)
 async def test_an_error_about_what_goes_before_each_text_names_that(
     use: Callable[..., Any], name: str, field: str
 ) -> None:
     use(name)
-    texts = {"texts": ["a"]} if field == "prompt" else {"documents": ["a"]}
+    texts = {"documents" if field == "query" else "texts": ["a"]}
     assert json.loads((await send(**texts, **{field: "\ud83d"}))["error"])["param"] == field
 
 

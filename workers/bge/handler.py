@@ -410,6 +410,7 @@ async def handler(
 
 def prompt_for(request: Prompted, encoder: Encoder) -> str:
     if request.instruction is not None:
+        check_unicode([request.instruction], "instruction")
         return request.instruction
     if isinstance(request, RetrievalRequest) and (request.prompt, request.prompt_name) != (None, None):
         return encoder.prompt_for(request.prompt, request.prompt_name)
