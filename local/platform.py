@@ -160,7 +160,7 @@ def running(
     port: int = 0,
     python: str = sys.executable,
     container: Container | None = None,
-    ready_timeout: float = 120,
+    ready_timeout: float = 240,
     echo: bool = False,
 ) -> Iterator[Platform]:
     """A platform with ready workers, on a thread of its own, for code that is not asynchronous.

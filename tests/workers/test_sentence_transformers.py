@@ -443,7 +443,7 @@ def test_the_cold_start_is_told_by_phase(platform: Platform) -> None:
 
 def test_make_run_shows_it_and_ends_well() -> None:
     shown = subprocess.run(
-        [sys.executable, "-m", "tools.demo"], capture_output=True, text=True, timeout=150, check=False,
+        [sys.executable, "-m", "tools.demo"], capture_output=True, text=True, timeout=280, check=False,
         env={**os.environ, "HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"},
     )  # fmt: skip
     assert shown.returncode == 0, shown.stderr
@@ -463,7 +463,7 @@ def test_the_sdks_own_test_input_runs_it_without_a_platform() -> None:
     ]
     shown = subprocess.run(
         command, cwd=ROOT / "workers/sentence-transformers", env=env,
-        capture_output=True, text=True, timeout=150, check=False,
+        capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert shown.returncode == 0, shown.stderr
     assert "completed successfully" in shown.stdout
