@@ -9,6 +9,7 @@ import json
 import math
 import threading
 import time
+import tracemalloc
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -306,6 +307,128 @@ def test_speech_is_told_from_silence_and_hum() -> None:
     assert not [s for s in found for a, b in silent if s[0] < b * RATE and a * RATE < s[1]]
     assert worker.speech(silence(30)) == []
     assert worker.speech(silence(0.001)) == []
+
+
+class Marks:
+    """Voices, each with a faint whistle of one of eight pitches: what tells which one was heard, and when.
+
+    As an engine it hears whistles in the log-mel features and answers with their numbers, each between its
+    times, at most three in an answer: the rest of the window is to be heard again.
+    """
+
+    words = (" one", " two", " three", " four", " five", " six", " seven", " eight")
+    bins = tuple(range(63, 79, 2))  # above the voice
+
+    def __init__(self, vocabulary: Any, extractor: Any) -> None:
+        self.vocabulary, self.batches, self.again = vocabulary, [], 0
+        self.waiting: Callable[[], Any] = list
+        self.hertz = [float(extractor.mel_filters[:, mel].argmax()) * RATE / 400 for mel in self.bins]
+
+    def voice(self, number: int, seconds: float) -> np.ndarray:
+        parts = [talk(min(6, seconds - start), number) for start in range(0, math.ceil(seconds), 6)]
+        samples = np.concatenate(parts)
+        time = np.arange(len(samples)) / RATE
+        edge = np.clip(np.minimum(time, len(samples) / RATE - time) / 0.02, 0, 1)
+        whistle = 0.02 * np.sin(2 * np.pi * self.hertz[number] * time)
+        return ((samples + whistle) * edge).astype(np.float32)
+
+    def key(self, window: Any) -> Any:
+        return window.beam_size
+
+    def decode(self, windows: Any) -> list[Any]:
+        self.batches.append(len(windows))
+        deadline = time.monotonic() + 60
+        # Hold the second batch (the first found the language) until the next one has what it may.
+        while len(self.batches) == 2 and len(self.waiting()) < 8 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return [self._hear(window) for window in windows]
+
+    def _hear(self, window: Any) -> Any:
+        words, first = self.vocabulary, self.vocabulary.first_time
+        bands = window.features[list(self.bins)]
+        whistles = bands > np.median(bands, axis=0) + 0.3
+        heard = []
+        for number, band in enumerate(whistles):
+            edges = np.flatnonzero(np.diff(band, prepend=False, append=False)).reshape(-1, 2)
+            heard += [(start, end, number) for start, end in edges.tolist() if end - start > 20]
+        heard.sort()
+        tokens, begins, end = [], [], 0
+        for start, end, number in heard[:3]:
+            text = words.tokenizer(self.words[number], add_special_tokens=False)["input_ids"]
+            tokens += [first + start // 2, *text, first + end // 2]
+            begins += [start / 100 + (end - start) / 100 * place / len(text) for place in range(len(text))]
+        if heard[3:]:
+            tokens += tokens[-1:]
+            self.again += 1
+        return worker.Heard(tokens, "en", 0.9, -0.1, 0.0, lambda: [*begins, end / 100])
+
+
+@engine_test
+async def test_hours_of_voices_come_back_once_in_order_and_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hours through everything but the model: the file, silero's model, cuts, batches, seams."""
+    settings = worker.Settings(model_name=str(made("whisper", tiny.make)), max_batch_windows=8)
+    found = ModelPath(Path(settings.model_name), "tiny/whisper", None, "local", 0)
+    tokenizer, extractor = worker.load_processor(settings, found)
+    vocabulary = worker.Vocabulary(tokenizer, multilingual=True, positions=448, timestamps=True)
+    marks = Marks(vocabulary, extractor)
+    listener = worker.Listener(marks, vocabulary, extractor, settings, found, 8)
+    marks.waiting = lambda: list(listener._batcher._waiting)
+    monkeypatch.setattr(worker, "listener", listener, raising=False)
+
+    rng = np.random.default_rng(0)
+    samples = rng.normal(0, 0.0005, 2 * 3600 * RATE).astype(np.float32)
+    voices = [[marks.voice(number, rng.uniform(1, 6)) for _ in range(2)] for number in range(8)]
+    long = marks.voice(0, 48.0)  # longer than any window
+    expected, place = [], RATE
+    while place < len(samples) - 60 * RATE:
+        number = int(rng.integers(8))
+        voice = voices[number][int(rng.integers(2))] if len(expected) % 300 != 150 else long
+        samples[place : place + len(voice)] += voice
+        expected.append((place / RATE, (place + len(voice)) / RATE, 0 if voice is long else number))
+        # Now and then nobody speaks for minutes.
+        place += len(voice) + int((rng.uniform(0.5, 4) if len(expected) % 200 else 150) * RATE)
+    audio = encoded(samples, "FLAC")
+    seconds, size = len(samples) / RATE, samples.nbytes
+    del samples
+
+    listen, before = listener.listen, 0
+
+    async def measured(*args: Any, **options: Any) -> Any:
+        nonlocal before
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        return await listen(*args, **options)
+
+    peaks: list[int] = []
+    monkeypatch.setattr(listener, "listen", measured)
+    tracemalloc.start()
+    try:
+        answer = await send(audio, vad=True, word_timestamps=True)
+        peaks.append(tracemalloc.get_traced_memory()[1] - before)
+    finally:
+        tracemalloc.stop()
+    decoding, hearing = peaks
+    assert decoding < 3 * size
+    assert hearing < 200e6, "what is heard is held for a few windows only, not for the hours"
+
+    assert answer["duration"] == pytest.approx(seconds, abs=0.001)
+    heard = [(part["start"], part["end"], part["text"]) for part in answer["segments"]]
+    whole: list[tuple[float, float, str]] = []
+    for start, end, text in heard:  # what is longer than a window comes in parts that touch
+        if whole and whole[-1][2] == text and start - whole[-1][1] < 0.15:
+            start = whole.pop()[0]
+        whole.append((start, end, text))
+    assert len(expected) > 1000
+    assert [text for _, _, text in whole] == [marks.words[number] for *_, number in expected]
+    for (start, end, _), (begin, finish, _) in zip(whole, expected, strict=True):
+        assert (start, end) == pytest.approx((begin, finish), abs=0.1)
+    assert answer["text"] == "".join(text for *_, text in heard).strip()
+    assert [(word["start"], word["word"]) for word in answer["words"]] == [
+        (pytest.approx(start, abs=0.02), text.strip()) for start, _, text in heard
+    ]
+    assert marks.again > 100, "answers that left out their end were heard again"
+    assert max(marks.batches) == 8
 
 
 def test_minutes_of_speech_are_found_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1200,19 +1323,63 @@ def test_texts_and_errors_come_through(platform: Platform) -> None:
 
 
 @engine_test
-def test_a_long_job_ends_completed(platform: Platform) -> None:
-    """Longer than a batch, so that it may speak of progress; whatever it says, its result stands."""
+def test_a_long_job_tells_how_far_it_is(tmp_path: Path) -> None:
+    """Through the SDK and the platform, batch by batch, on a clock that the test moves."""
+    gate = {"clock": 0, "batches": 0}  # the clock first: what a batch brings is told by it
+
+    def move(**places: int) -> None:
+        gate.update(places)
+        for name, place in gate.items():
+            (tmp_path / "new").write_text(str(place))
+            (tmp_path / "new").rename(tmp_path / name)
+
+    def begun() -> int:
+        return int((tmp_path / "begun").read_text()) if (tmp_path / "begun").exists() else 0
+
+    def until(condition: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + 150
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    move()
+    env = {**local_env("whisper"), "ENGINE": "faster-whisper", "XDG_CACHE_HOME": str(tmp_path),
+           "RUNPOD_VOLUME_PATH": str(tmp_path / "none"), "WINDOW_SECONDS": "6", "MAX_BATCH_WINDOWS": "2",
+           "PREWARM": "false", "GATE": str(tmp_path)}  # fmt: skip
     samples, marks = lecture(24, 3)
-    flac = encoded(samples, "FLAC")
-    job = post(platform, "run", {"audio": flac, "vad": False})["id"]
-    deadline = time.monotonic() + 170
-    status = post(platform, f"status/{job}")
-    while status["status"] not in ("COMPLETED", "FAILED"):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-        status = post(platform, f"status/{job}")
-    assert status["output"]["text"] == " ".join(text for _, text in marks)
-    assert post(platform, f"status/{job}")["status"] == "COMPLETED"
+    with running(Path(__file__).parent / "engines/whisper_gated.py", env=env) as platform:
+        job = post(platform, "run", {"audio": encoded(samples, "FLAC"), "vad": False})["id"]
+
+        def status() -> dict[str, Any]:
+            return post(platform, f"status/{job}")
+
+        def told() -> Any:
+            return status().get("output", {}).get("progress")
+
+        try:
+            # A batch holds one or two of the 24 pieces.
+            move(batches=4)
+            until(lambda: begun() == 5)
+            assert told() is None, "it is too early"
+            move(batches=5, clock=6)
+            until(told)
+            first = told()
+            assert status()["status"] == "IN_PROGRESS"
+            move(batches=7)
+            until(lambda: begun() == 8)
+            assert told() == first, "not so soon after the last"
+            move(batches=8, clock=12)
+            until(lambda: told() != first)
+            second = told()
+        finally:
+            move(batches=1000)
+        until(lambda: status()["status"] != "IN_PROGRESS")
+        last = status()
+        assert (last["status"], last["output"]["text"]) == ("COMPLETED", " ".join(text for _, text in marks))
+    assert (
+        0 < first["seconds"] < second["seconds"] < second["of"] == pytest.approx(len(samples) / RATE, abs=0.1)
+    )
+    assert first["percent"] == pytest.approx(100 * first["seconds"] / first["of"], abs=0.1)
 
 
 @engine_test
