@@ -8,7 +8,7 @@ decoder's states to the wanted tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,18 +57,21 @@ def make(
     mels: int = 80,
     width: int = 128,
     layers: int = 1,
+    decoder_layers: int | None = None,
     heads: int = 4,
     positions: int = 448,
     vocabulary: int = 0,
     taught: bool = True,
     sounds: Sequence[Said] = SAID,
     lengths: Sequence[float] = (1.0, 2.0, 3.0),
+    voice: Callable[[float, float], NDArray[np.float32]] = tone,
 ) -> Path:
     """Write the model and its processor into `folder`.
 
-    width, layers, heads: of encoder and decoder alike. positions: of the decoder. vocabulary: at least so
-    many tokens of text. taught: false leaves every weight random. sounds: what it is taught, at
-    these lengths in seconds.
+    width, layers, heads: of encoder and decoder alike; decoder_layers: where it has others. positions: of
+    the decoder. vocabulary: at least so many tokens of text. taught: false leaves every weight random.
+    sounds: what it is taught, at these lengths in seconds. voice: what a sound of so many hertz and seconds
+    is like.
     """
     import torch
     from transformers import (
@@ -80,6 +83,7 @@ def make(
     )
 
     torch.manual_seed(0)
+    decoder_layers = decoder_layers or layers
     tokenizer = _tokenizer(multilingual, vocabulary)
     token = tokenizer.convert_tokens_to_ids
     end = token("<|endoftext|>")
@@ -87,7 +91,7 @@ def make(
     ids["decoder_start_token_id"] = token("<|startoftranscript|>")
     config = WhisperConfig(
         vocab_size=len(tokenizer), num_mel_bins=mels, d_model=width,
-        encoder_layers=layers, decoder_layers=layers, encoder_attention_heads=heads,
+        encoder_layers=layers, decoder_layers=decoder_layers, encoder_attention_heads=heads,
         decoder_attention_heads=heads, encoder_ffn_dim=4 * width, decoder_ffn_dim=4 * width,
         max_source_positions=1500, max_target_positions=positions, init_std=0.1 if taught else 0.02,
         suppress_tokens=None, begin_suppress_tokens=None, tie_word_embeddings=not taught, **ids,
@@ -95,14 +99,14 @@ def make(
     model = WhisperForConditionalGeneration(config).eval()
     extractor = WhisperFeatureExtractor(feature_size=mels)
     if taught:
-        _teach(model, tokenizer, extractor, multilingual, sounds, lengths)
+        _teach(model, tokenizer, extractor, multilingual, sounds, lengths, voice)
     never = ("startoftranscript", "translate", "transcribe", "startoflm", "startofprev", "nospeech")
     settings: dict[str, Any] = {
         "max_length": positions, "return_timestamps": False, "is_multilingual": multilingual,
         "no_timestamps_token_id": token("<|notimestamps|>"), "max_initial_timestamp_index": 50,
         "prev_sot_token_id": token("<|startofprev|>"), "begin_suppress_tokens": [end],
         "suppress_tokens": [token(f"<|{name}|>") for name in never],
-        "alignment_heads": [[layers - 1, head] for head in range(heads)],
+        "alignment_heads": [[decoder_layers - 1, head] for head in range(heads)],
     }  # fmt: skip
     if multilingual:
         languages = _languages()
@@ -118,6 +122,14 @@ def make(
 
 def make_english(folder: Path) -> None:
     make(folder, multilingual=False)
+
+
+def make_distilled(folder: Path) -> None:
+    """128 mel bins, fewer layers in the decoder, and no word on which heads follow the sound."""
+    make(folder, mels=128, layers=2, decoder_layers=1)
+    config = json.loads((folder / "generation_config.json").read_text())
+    del config["alignment_heads"]
+    (folder / "generation_config.json").write_text(json.dumps(config))
 
 
 def _languages() -> list[str]:
@@ -164,6 +176,7 @@ def _teach(
     multilingual: bool,
     taught: Sequence[Said],
     lengths: Sequence[float],
+    voice: Callable[[float, float], NDArray[np.float32]],
 ) -> None:
     """Solve for weights of the last layer that say what is wanted, wherever in the window the tone lies."""
     import numpy as np
@@ -175,7 +188,7 @@ def _teach(
     states, targets, rng = [], [], np.random.default_rng(0)
     for said in taught:
         sounds = [
-            np.concatenate([np.zeros(int(delay * RATE), np.float32), tone(said.hertz, seconds)])
+            np.concatenate([np.zeros(int(delay * RATE), np.float32), voice(said.hertz, seconds)])
             for delay in (0.0, 0.3, 1.0)
             for seconds in lengths
         ]

@@ -289,6 +289,11 @@ class Heard:
     no_speech_prob: float
     begins: Callable[[], list[float]] | None = None
 
+    @property
+    def nothing(self) -> bool:
+        """Whether nobody speaks, by OpenAI's own measure."""
+        return self.no_speech_prob > SILENCE and self.avg_logprob < MIN_LOGPROB
+
 
 class Engine(Protocol):
     """One way to run the model. `decode` is for one thread at a time; its windows have one `key`."""
@@ -995,7 +1000,7 @@ class Listener:
             if heard.language is None:
                 heard.language, heard.language_probability = said.language, said.language_probability
                 options = replace(options, language=said.language)
-            if said.no_speech_prob > SILENCE and said.avg_logprob < MIN_LOGPROB:
+            if said.nothing:
                 break
             parts, covered = spans(said.tokens, self.words.first_time, seconds)
             if not covered or seconds - covered < 0.5 or tries == MAX_TRIES:
@@ -1023,12 +1028,8 @@ class Listener:
                 (said,) = await self._batcher.submit([window])
             finally:
                 window.over = True
-            if said.no_speech_prob > SILENCE and said.avg_logprob < MIN_LOGPROB:
-                break
-            if (
-                said.avg_logprob >= MIN_LOGPROB
-                and repetition(self.words.decode(said.tokens)) <= MAX_COMPRESSION
-            ):
+            likely = said.avg_logprob >= MIN_LOGPROB
+            if said.nothing or (likely and repetition(self.words.decode(said.tokens)) <= MAX_COMPRESSION):
                 break
         assert said is not None
         return temperature, said
