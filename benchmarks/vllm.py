@@ -17,7 +17,7 @@ import aiohttp
 
 from benchmarks import servers
 from benchmarks.harness import machine, table, write
-from benchmarks.servers import JOBS, TOKENS
+from benchmarks.servers import TOKENS
 from tools import tiny_causal, vllm_cpu
 from tools.models import local_env, made
 
@@ -72,14 +72,7 @@ def measure() -> dict[str, Any]:
 
 def report(found: dict[str, Any], where: dict[str, str]) -> tuple[str, dict[str, Any]]:
     paced, tiny = found["paced"], found["tiny"]
-    net = tiny["bare burst"] / max(tiny["burst"] - found["no-op burst"], 1e-3)
-    less: servers.Goal = (
-        f"{JOBS} jobs of {TOKENS} tokens, less what a no-op handler takes",
-        net,
-        ">= 0.9",
-        net >= 0.9,
-    )
-    aims = {"paced": servers.goals(paced), "tiny": [*servers.goals(tiny), less]}
+    aims = {"paced": servers.goals(paced), "tiny": servers.goals(tiny)}
     text = f"""# vllm
 
 vLLM on the CPU with random Llamas in float32, greedy, one thread, the model in the engine's own process as on
@@ -90,8 +83,9 @@ Written by `python -m benchmarks vllm`.
 
 ## {1000 * paced["token"]:.0f} ms a token
 
-A model of 19 million parameters: alone, a token takes it about as long as 7 to 14 thousand million parameters
-take a GPU (10 to 40 ms). What a worker adds is to be seen beside that.
+A model of 19 million parameters, whose tokens take as long here as those of the quicker models that GPUs
+are rented for: 7 thousand million parameters in bfloat16 are 15 GB, read once for each token, in 8 ms at the
+2 TB/s of an A100, in 50 ms at the 0.3 TB/s of an L4. What a worker adds is to be seen beside that.
 
 {servers.goal_table(aims["paced"])}
 
@@ -99,7 +93,7 @@ take a GPU (10 to 40 ms). What a worker adds is to be seen beside that.
 
 ## {1000 * tiny["token"]:.1f} ms a token
 
-Half a million parameters, the hardest case: faster than any real model on any GPU, so that a single post of
+Half a million parameters, the hardest case: no model of use is as fast, and a single post of
 {1000 * servers.POST_S:.0f} ms is {servers.POST_S / tiny["bare one stream"]["last"]:.0%} of a stream.
 {servers.noop_line(found["no-op burst"])}
 
