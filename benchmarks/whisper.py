@@ -139,7 +139,7 @@ def measure() -> dict[str, Any]:
 def heard(output: dict[str, Any]) -> list[str]:
     """The segments' texts, each in the half minute of its tone, whose place is the text's number."""
     return [
-        part["text"].strip() if part["start"] - 5 <= 30 * number <= part["start"] + 1 else "out of place"
+        part["text"].strip() if 30 * number - 5 <= part["start"] <= 30 * number + 1 else "out of place"
         for number, part in enumerate(output["segments"])
     ]
 
