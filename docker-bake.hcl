@@ -164,6 +164,7 @@ target "worker-release" {
     "index,manifest:org.opencontainers.image.revision=${REVISION}",
   ]
   attest   = ["type=provenance,mode=max", "type=sbom"]
-  output   = ["type=image,oci-mediatypes=true,rewrite-timestamp=true"]
+  # store=false: Docker would unpack what it keeps, and cannot do that with times that were rewritten.
+  output   = ["type=image,oci-mediatypes=true,rewrite-timestamp=true,store=false"]
   cache-to = CACHE == "registry" ? ["type=registry,ref=${REGISTRY}/worker-${worker}:buildcache,mode=max,image-manifest=true,oci-mediatypes=true,ignore-error=true"] : []
 }
