@@ -138,6 +138,12 @@ def added(worker: str, images: dict[str, Layers]) -> int | None:
     return max(size(unique(pair)[worker]) for pair in pairs)
 
 
+def ended(made_by: str) -> str:
+    """The end of a layer's instruction, which tells them apart; a base that was imported has none."""
+    words = " ".join(made_by.removesuffix("# buildkit").split())
+    return words[-60:].replace("|", " ") or "the base"
+
+
 def report(found: dict[str, dict[str, Any]], where: dict[str, str]) -> tuple[str, dict[str, Any]]:
     images = {worker: [Layer(*layer) for layer in its["layers"]] for worker, its in found.items()}
     own = unique(images)
@@ -166,7 +172,7 @@ def report(found: dict[str, dict[str, Any]], where: dict[str, str]) -> tuple[str
         if worker in found and (added(worker, images) or 0) >= SHARE * size(images[worker])
     )
     parts = [
-        (worker, layer.made_by[:60].replace("|", " "), layer.bytes / 1e6)
+        (worker, ended(layer.made_by), layer.bytes / 1e6)
         for worker, its in images.items()
         for layer in its
         if layer.bytes > 1e6
