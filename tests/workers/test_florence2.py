@@ -86,6 +86,7 @@ async def error(**payload: Any) -> dict[str, Any]:
         ({"image": RED, "task": "OPEN_VOCABULARY_DETECTION"}, "text", "missing_field"),
         ({"image": RED, "tasks": ["OD", "REFERRING_EXPRESSION_SEGMENTATION"]}, "text", "missing_field"),
         ({"image": RED, "task": "OPEN_VOCABULARY_DETECTION", "text": ""}, "text", "invalid_value"),
+        ({"image": RED, "task": "OPEN_VOCABULARY_DETECTION", "text": " \n"}, "text", "invalid_value"),
         ({"image": RED, "task": "OD", "text": "a car"}, "text", "invalid_value"),
         ({"image": RED, "task": "REGION_TO_OCR"}, "region", "missing_field"),
         ({"image": RED, "task": "REGION_TO_OCR", "text": "a", "region": BOX}, "text", "invalid_value"),
@@ -254,14 +255,9 @@ def loaded() -> Iterator[Any]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110, the engine has no event for it
-        await asyncio.sleep(0.01)
-
-
-def generated(engine: Any, batches: list[int] | None = None) -> Any:
-    """A stand-in for the engine's run that notes the sizes of batches."""
-    run = engine._batcher._run
-    return lambda questions: (batches if batches is not None else []).append(len(questions)) or run(questions)
+    async with asyncio.timeout(120):
+        while not condition():  # noqa: ASYNC110, the engine has no event for it
+            await asyncio.sleep(0.01)
 
 
 @engine_test
@@ -270,14 +266,25 @@ async def test_mixed_tasks_share_a_batch_and_each_job_gets_its_own_answer(
     loaded: Any, monkeypatch: pytest.MonkeyPatch, beams: int
 ) -> None:
     batches: list[int] = []
-    monkeypatch.setattr(loaded._batcher, "_run", generated(loaded, batches))
+    run = loaded._batcher._run
+
+    def held(questions: list[Any]) -> Any:
+        """The first batch takes until all the others wait."""
+        batches.append(len(questions))
+        begin = time.monotonic()
+        while len(batches) == 1 and len(questions) + len(loaded._batcher._waiting) < len(CASES):
+            assert time.monotonic() - begin < 120
+            time.sleep(0.01)
+        return run(questions)
+
+    monkeypatch.setattr(loaded._batcher, "_run", held)
     answers = await asyncio.gather(*(send(**payload, num_beams=beams) for payload, _ in CASES))
     for (payload, expected), answer in zip(CASES, answers, strict=True):
         assert answer["raw_output"] == expected, payload["task"]
         assert answer["task"] == payload["task"]
         assert answer["finish_reason"] == "stop"
     assert sum(batches) == len(CASES)
-    assert max(batches) >= 8, "jobs that wait together run together"
+    assert len(batches) <= 2, "jobs that wait together run together"
 
 
 @engine_test
@@ -619,14 +626,15 @@ def test_a_checkpoint_that_lacks_something_is_refused(
 # ---- under the local platform --------------------------------------------------------------------------
 
 
-# Full batches of 96 sequences take their time, so that what is in them is far from its end on any machine.
+# Full batches, 12 answers of 8 beams with two candidates each, take their time, so that what is in them is far from
+# its end on any machine.
 SLOW = """
 import os, sys, time
 sys.argv = ["handler.py"]
 from transformers import StoppingCriteriaList
 whole = StoppingCriteriaList.__call__
 def slow(self, ids, *args, **more):
-    time.sleep(0.1 if len(ids) == 96 else 0)
+    time.sleep(0.5 if len(ids) == 192 else 0)
     return whole(self, ids, *args, **more)
 StoppingCriteriaList.__call__ = slow
 exec(compile(open(os.environ["REAL_HANDLER"]).read(), "handler.py", "exec"))
@@ -673,7 +681,7 @@ def test_jobs_of_many_clients_are_answered(platform: Platform) -> None:
 
 @engine_test
 def test_a_cancelled_job_leaves_its_place_to_the_next(platform: Platform) -> None:
-    """480 answers of 8 beams are 40 batches, and each of their tokens takes a tenth of a second here."""
+    """480 answers of 8 beams are 40 batches, and each of their tokens takes half a second here: minutes."""
     tasks = [asked(prompt)["task"] for prompt in tiny.ANSWERS]
     long = {"images": [BLUE] * 32, "tasks": tasks, "text": tiny.TEXT, "region": BOX, "num_beams": 8}
     job = post(platform, "run", long)["id"]
@@ -684,7 +692,7 @@ def test_a_cancelled_job_leaves_its_place_to_the_next(platform: Platform) -> Non
     assert post(platform, f"cancel/{job}")["status"] == "CANCELLED"
     begin = time.monotonic()
     assert runsync(platform, image=RED, num_beams=1)["output"]["raw_output"] == "STOP"
-    assert time.monotonic() - begin < 15, "RunPod's word of it comes within a second or two"
+    assert time.monotonic() - begin < 60, "RunPod's word of it comes within a second or two"
 
 
 @engine_test

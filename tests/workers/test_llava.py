@@ -297,10 +297,28 @@ async def test_jobs_at_the_same_time_get_their_own_answers(
 
 
 @engine
-async def test_a_stream_is_the_plain_answer_in_pieces(worker: ModuleType, slow: None) -> None:
+async def test_a_stream_is_the_plain_answer_in_pieces(
+    worker: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes while the first piece is on its way is joined; here all but four tokens wait for it."""
+    generator, came = worker.engine.generator, threading.Event()
+    step = generator._step
+
+    def held(batch: Any) -> None:
+        assert len(batch.rows[0].tokens) < 4 or came.wait(60)
+        step(batch)
+
     for colour in ANSWERS:
         plain = await send(worker, image=png(colour), prompt=WHAT)
-        *pieces, end = await parts(worker, image=png(colour), prompt=WHAT, stream=True)
+        came.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(generator, "_step", held)
+            pieces = []
+            job = {"id": "job-1", "input": {"image": png(colour), "prompt": WHAT, "stream": True}}
+            async for piece in worker.handler(job):
+                came.set()
+                pieces.append(piece)
+        end = pieces.pop()
         assert "".join(piece["response"] for piece in pieces) == plain["response"] == said(colour)
         assert all(set(piece) == {"response"} and piece["response"] for piece in pieces)
         assert end == {**plain, "response": ""}

@@ -138,6 +138,8 @@ class Florence2Request(Request):
             taking = [task for task in self.all_tasks if task in takers]
             if value is None and taking:
                 raise _wrong(name, "missing_field", f"{taking[0]} needs it.")
+            if name == "text" and value is not None and not value.strip():
+                raise _wrong(name, "invalid_value", "it is blank.")
             if value is not None and not taking:
                 raise _wrong(name, "invalid_value", f"only {', '.join(takers)} take it. Leave it out.")
         return self
