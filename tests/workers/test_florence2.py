@@ -626,8 +626,8 @@ def test_a_checkpoint_that_lacks_something_is_refused(
 # ---- under the local platform --------------------------------------------------------------------------
 
 
-# Full batches, 12 answers of 8 beams with two candidates each, take their time, so that what is in them is far from
-# its end on any machine.
+# Full batches, 12 answers of 8 beams with two candidates each, take their time, so that what is in them is
+# far from its end on any machine.
 SLOW = """
 import os, sys, time
 sys.argv = ["handler.py"]
