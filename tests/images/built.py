@@ -464,7 +464,11 @@ def test_torch_is_the_same_layers_in_every_image(built: Callable[[str], str]) ->
 def test_two_builds_give_the_same_digests(
     workers: list[str], built: Callable[[str], str], tmp_path: Path
 ) -> None:
-    """The second without any cache, at another time. Together, so that torch is installed once more only."""
+    """The second without any cache, at another time.
+
+    Together, so that torch is installed once more only: that takes some 16 GB of disk, and 2 for each further
+    worker. Later builds here reuse the layers of the second, which differ from the first's in their times.
+    """
     for worker in workers:
         built(worker)
     found: list[dict[str, str]] = []
