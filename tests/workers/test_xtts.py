@@ -11,7 +11,9 @@ import pickle
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
@@ -284,11 +286,9 @@ async def speak(worker: ModuleType, text: str, **options: Any) -> tuple[Any, lis
     row = speaker.begin(tokens, voice, sampling, **{"seed": 1, **options})
     came = []
     while True:
-        news = await row.news.get()
-        if isinstance(news, Exception):
-            raise news
-        came.append(news.samples)
-        if news.finish_reason is not None:
+        samples, reason = await row.hear()
+        came.append(samples)
+        if reason is not None:
             return row, came
 
 
@@ -318,7 +318,14 @@ async def test_it_speaks_as_the_library_does(worker: ModuleType, speed: float, p
     assert alike(np.concatenate(ours), theirs)
 
 
+@pytest.fixture
+def small_parts(worker: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What streams has a part after 32 tokens: this model's pieces have at most 40, and the default is 20."""
+    monkeypatch.setattr(worker, "STREAM_TOKENS", 8)
+
+
 @engine
+@pytest.mark.usefixtures("small_parts")
 async def test_a_piece_is_the_same_alone_in_company_and_in_parts(worker: ModuleType) -> None:
     texts = [f"number {n} " * (1 + n % 4) for n in range(12)]  # more than run at a time
     alone = [await speak(worker, text, seed=n) for n, text in enumerate(texts)]
@@ -334,6 +341,7 @@ async def test_a_piece_is_the_same_alone_in_company_and_in_parts(worker: ModuleT
 
 
 @engine
+@pytest.mark.usefixtures("small_parts")
 async def test_one_who_comes_later_joins(worker: ModuleType) -> None:
     """Beside one that has begun already, told by its first part."""
     speaker, voice = worker.engine.speaker, worker.engine.speakers[SPEAKERS[0]]
@@ -341,15 +349,129 @@ async def test_one_who_comes_later_joins(worker: ModuleType) -> None:
     _, wanted = await speak(worker, "later", sampling=sampling)
     tokens = worker.engine.tokenizer.encode("first", lang="en")
     first = speaker.begin(tokens, voice, worker.engine.sampling, seed=LONG, each=True)
-    news = await first.news.get()
-    assert news.finish_reason is None
+    _, reason = await first.hear()
+    assert reason is None
     _, samples = await speak(worker, "later", sampling=sampling)
     assert alike(np.concatenate(samples), np.concatenate(wanted))
-    while (await first.news.get()).finish_reason is None:
+    while (await first.hear())[1] is None:
         pass
 
 
-LONG = 0  # a seed with which "first" is spoken in two parts or more; the test above fails with another
+LONG = 1  # a seed with which "first" is spoken in two parts; the test above fails with another
+
+
+class Gate:
+    """Holds the decoder's threads up: `held` counts those who have come, `open` lets all through."""
+
+    def __init__(self, decode: Callable[..., Samples]) -> None:
+        self.decode, self.held, self.open = decode, 0, threading.Event()
+
+    def __call__(self, *given: Any) -> Samples:
+        self.held += 1
+        assert self.open.wait(120)
+        return self.decode(*given)
+
+
+@pytest.fixture
+async def gated(worker: ModuleType) -> AsyncIterator[tuple[Any, Gate, Callable[[int], Any]]]:
+    """An engine whose one decoder waits at a gate, and what begins a piece in it."""
+    speaker = worker.Speaker(worker.engine.speaker.model)
+    speaker._decoders = ThreadPoolExecutor(1)
+    speaker._decode = gate = Gate(speaker._decode)
+    tokens = worker.engine.tokenizer.encode("hello", lang="en")
+
+    def begin(seed: int) -> Any:
+        return speaker.begin(tokens, worker.engine.speakers[SPEAKERS[0]], worker.engine.sampling, seed=seed)
+
+    yield speaker, gate, begin
+    gate.open.set()
+    speaker.close()
+
+
+@engine
+async def test_pieces_are_spoken_while_others_are_decoded(worker: ModuleType, gated: Any) -> None:
+    _, gate, begin = gated
+    first = begin(1)
+    await until(lambda: gate.held == 1)
+    second = begin(2)
+    await until(lambda: second.over)
+    gate.open.set()
+    for row, seed in ((first, 1), (second, 2)):
+        _, alone = await speak(worker, "hello", seed=seed)
+        samples, reason = await row.hear()
+        assert reason is not None
+        assert alike(samples, np.concatenate(alone))
+
+
+@engine
+async def test_what_nobody_waits_for_is_not_decoded(gated: Any) -> None:
+    _, gate, begin = gated
+    first = begin(1)
+    await until(lambda: gate.held == 1)
+    second = begin(2)
+    await until(lambda: second.over)
+    second.stop()
+    assert [sound.cancelled() for sound in second.sounds] == [True]
+    gate.open.set()
+    assert (await first.hear())[0].size
+    assert (await begin_and_hear(begin, 3)).size
+    assert gate.held == 2
+
+
+async def begin_and_hear(begin: Callable[[int], Any], seed: int) -> Samples:
+    samples: Samples = (await begin(seed).hear())[0]
+    return samples
+
+
+@engine
+async def test_the_decoder_is_waited_for_when_much_is_to_be_decoded(
+    worker: ModuleType, gated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits for it is bounded; the engine goes on as soon as there is room."""
+    speaker, gate, begin = gated
+    waits = threading.Event()
+    wait = worker.wait
+
+    def waiting(*given: Any, **options: Any) -> None:
+        waits.set()
+        wait(*given, **options)
+
+    monkeypatch.setattr(worker, "wait", waiting)
+    monkeypatch.setattr(worker, "MAX_DECODING", 2)
+    rows = [begin(seed) for seed in range(8)]
+    await until(waits.is_set)
+    assert sum(row.over for row in rows) == 2
+    gate.open.set()
+    heard = await asyncio.gather(*(row.hear() for row in rows))
+    assert all(samples.size and reason for samples, reason in heard)
+    assert len(speaker._decoding) <= 2
+
+
+@engine
+async def test_parts_come_in_order_whichever_is_decoded_first(worker: ModuleType, gated: Any) -> None:
+    speaker, gate, _ = gated
+    speaker._decoders = ThreadPoolExecutor(2)
+    later = threading.Event()
+    decode = gate.decode
+
+    def slow_at_first(frames: Any, embedding: Any, begin: int, end: int) -> Samples:
+        if begin == 0:  # the beginning of the piece: nothing lies before it
+            assert later.wait(120)
+        samples: Samples = decode(frames, embedding, begin, end)
+        if begin:
+            later.set()
+        return samples
+
+    speaker._decode = slow_at_first
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "STREAM_TOKENS", 8)
+        tokens = worker.engine.tokenizer.encode("first", lang="en")
+        voice = worker.engine.speakers[SPEAKERS[0]]
+        row = speaker.begin(tokens, voice, worker.engine.sampling, seed=LONG, each=True)
+        one, two = await row.hear(), await row.hear()
+    assert (one[1], two[1]) == (None, "length")
+    _, alone = await speak(worker, "first", seed=LONG)
+    assert alike(np.concatenate([one[0], two[0]]), np.concatenate(alone))
 
 
 @engine
@@ -389,21 +511,25 @@ async def test_a_piece_that_breaks_breaks_alone(worker: ModuleType) -> None:
 
 
 @engine
+@pytest.mark.usefixtures("small_parts")
 async def test_out_of_memory_means_fewer_at_a_time(
     worker: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Three or more have told a part when the memory runs out; they begin anew and tell the rest."""
     speaker = worker.engine.speaker
     monkeypatch.setattr(speaker, "_max_rows", speaker._max_rows)  # as it was, afterwards
-    alone = [await speak(worker, f"number {n}", seed=n) for n in range(6)]
-    step = speaker._step
+    alone = [await speak(worker, f"number {n}", seed=n) for n in range(7)]
+    step, told = speaker._step, []
 
     def scarce(batch: Any) -> None:
-        if len(batch.rows) > 2 and len(batch.rows[0].tokens) > 1:
+        if len(batch.rows) > 2 and len(batch.rows[0].tokens) > 33:
+            told.append(sum(bool(row.sounds) for row in batch.rows))
             raise MemoryError
         step(batch)
 
     monkeypatch.setattr(speaker, "_step", scarce)
-    beside = await asyncio.gather(*(speak(worker, f"number {n}", seed=n, each=True) for n in range(6)))
+    beside = await asyncio.gather(*(speak(worker, f"number {n}", seed=n, each=True) for n in range(7)))
+    assert told == [3]
     assert speaker._max_rows <= 2
     for (_, samples), (_, parts) in zip(alone, beside, strict=True):
         assert alike(np.concatenate(parts), np.concatenate(samples)), "nothing is told twice"
@@ -999,8 +1125,6 @@ def test_the_example_runs(plain: Platform) -> None:
 @engine
 def test_a_voice_is_never_anothers(plain: Platform) -> None:
     """Twelve jobs at once with four voices: each sounds as it does alone."""
-    from concurrent.futures import ThreadPoolExecutor
-
     voices: list[dict[str, Any]] = [{"speaker_wav": wav(recording(pitch=pitch))} for pitch in (110, 220, 330)]
     voices.append({"speaker": SPEAKERS[0]})
     asked = [{"text": "Who am I?", "seed": 5, **voice} for voice in voices]

@@ -33,7 +33,7 @@ import traceback
 import unicodedata
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Hashable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,13 +45,14 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from shared import openai_api, prewarm, startup
 from shared.errors import JobError, StartError
 from shared.generation import Batch, Chance, Sampling, choose, roomy_cache
-from shared.hardware import pick_device
+from shared.hardware import cpu_lanes, pick_device, share_cores
 from shared.jobs import (
     Request,
     check_size,
     current_job,
     empty_cache,
     engine_stopped,
+    is_cuda_broken,
     is_out_of_memory,
     job_handler,
     start_config,
@@ -90,6 +91,7 @@ OPENAI_VOICES = {
 PAUSES = {"paragraph": 0.55, "sentence": 0.3, "clause": 0.12, "word": 0.0}
 STREAM_TOKENS = 20  # of XTTS v2's, 0.9 s: how much is spoken between two chunks
 MAX_CHUNK_S = 4.0  # of the largest kind, 48 kHz WAV: half of what the platform takes in one post
+MAX_DECODING = 64  # pieces that wait for the decoder; the transformer then waits too
 # A frame of sound depends on 13.5 frames on either side: HiFi-GAN V1's convolutions, added up.
 CONTEXT = 16
 SMALLER = "Ask for response_format mp3 or opus, which are a tenth of the size. "
@@ -364,9 +366,9 @@ class Voice:
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """Samples that have come since the last ones; the one with a finish_reason is the last."""
+    """What has come since the last one; the one with a finish_reason is the last."""
 
-    samples: NDArray[np.float32]
+    samples: Future[NDArray[np.float32]]
     finish_reason: Literal["stop", "length"] | None
 
 
@@ -387,6 +389,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     states: list[torch.Tensor] = field(default_factory=list)  # what the decoder makes sound of, one a token
     frames: int = 0  # of sound, told already
+    sounds: list[Future[NDArray[np.float32]]] = field(default_factory=list)  # of those, in order
     over: bool = False
     random: random.Random = field(init=False)
     seen: torch.Tensor | None = None
@@ -400,6 +403,19 @@ class Row:
         self.tokens, self.states, self.seen = [], [], None
         self.random = random.Random(self.seed)  # noqa: S311
 
+    async def hear(self) -> tuple[NDArray[np.float32], Literal["stop", "length"] | None]:
+        """The next samples, and why they are the last ones, if they are. Raises what stopped the speech."""
+        news = await self.news.get()
+        if isinstance(news, Exception):
+            raise news
+        return await asyncio.wrap_future(news.samples), news.finish_reason
+
+    def stop(self) -> None:
+        """Give its place up: nobody listens any more."""
+        self.over = True
+        for sound in self.sounds:
+            sound.cancel()
+
     def tell(self, news: Heard | Exception) -> None:
         self.over = self.over or isinstance(news, Exception) or news.finish_reason is not None
         try:
@@ -409,12 +425,15 @@ class Row:
 
 
 class Speaker:
-    """Speaks pieces of text with an Xtts, many at a time, on one thread: the model is not thread-safe.
+    """Speaks pieces of text with an Xtts, many at a time.
 
     The library speaks one piece after another. Here the transformer makes one token for all pieces at a time,
     from the same inputs (`Xtts.inference`); its states go through the decoder as they are, where the library
     computes them once more. A piece depends on nothing but itself: in float32 its tokens are those that it
     would get alone.
+
+    The transformer is not thread-safe and has one thread. The decoder is a pure function and has others, so
+    that pieces are spoken while it makes sound of those that have been.
     """
 
     def __init__(self, model: Any, *, max_rows: int = 16) -> None:
@@ -427,6 +446,9 @@ class Speaker:
         self._taken: list[Row] = []
         self._live: Batch[Row] | None = None
         self._dead: Exception | None = None
+        self._lanes = cpu_lanes(self._device)
+        self._decoders = ThreadPoolExecutor(self._lanes, thread_name_prefix="decoder")
+        self._decoding: list[Future[NDArray[np.float32]]] = []
         threading.Thread(target=self._work, name="engine", daemon=True).start()
 
     # -- for the event loop
@@ -443,7 +465,7 @@ class Speaker:
         self, ids: list[int], voice: Voice, sampling: Sampling, *, seed: int, speed: float = 1.0,
         each: bool = False, job: Hashable = None,
     ) -> Row:  # fmt: skip
-        """Start speaking; `row.news` gets what there is to hear. Set `row.over` to give its place up."""
+        """Start speaking; `row.hear` gives what there is to hear, `row.stop` ends it early."""
         import torch
 
         # The library counts the filler that stands for the prompt, 1, and the start as said already.
@@ -480,6 +502,7 @@ class Speaker:
         for row in rows:
             if not row.over:
                 row.tell(end)
+        self._decoders.shutdown(wait=False)  # what it has been given, it still does
 
     def _run(self) -> None:
         import torch
@@ -498,6 +521,7 @@ class Speaker:
 
     def _turn(self) -> None:
         """Take in who fits, then one more token for everybody."""
+        share_cores(self._lanes, 1 + self._at_work())
         self._taken = self._admit()
         if self._taken:
             self._begin(self._taken)
@@ -636,19 +660,18 @@ class Speaker:
             end = "length"
         if end or (row.each and len(row.tokens) % STREAM_TOKENS == 0):
             try:
-                row.tell(Heard(self._sound(row, last=end is not None), end))
+                self._sound(row, end)
             except Exception as error:
                 _check_memory(error)
                 row.tell(error)
         if row.over:  # its job keeps it until the last piece has been spoken
             row.states, row.seen = [], None
 
-    def _sound(self, row: Row, *, last: bool) -> NDArray[np.float32]:
-        """The samples that have become certain since the last ones: all that will be there when it is over.
+    def _sound(self, row: Row, end: Literal["stop", "length"] | None) -> None:
+        """Tell what has become certain since the last time: all that there is, where this is the end.
 
         Steps and their order as in `Xtts.inference` and `HifiDecoder.forward`.
         """
-        import numpy as np
         import torch
         from torch.nn.functional import interpolate
 
@@ -661,20 +684,45 @@ class Speaker:
             scales.insert(0, max(1 / row.speed, 1 / len(row.states)))
         for scale in scales:
             frames = interpolate(frames, scale_factor=scale, mode="linear")
-        total = frames.shape[2]
-        # The newest frames lie between the last state and one that is still to come.
-        unsettled = 0 if last else CONTEXT + 2 * math.ceil(total / len(row.states)) + 2
-        begin, end = row.frames, max(row.frames, total - unsettled)
-        if begin == end:
-            return np.zeros(0, np.float32)
-        window = slice(max(0, begin - CONTEXT), end + CONTEXT)
-        wave = decoder.waveform_decoder(frames[:, :, window], g=row.voice.embedding.to(self._device))
-        row.frames = end
-        hop = decoder.output_hop_length
-        samples = wave[0, 0, (begin - window.start) * hop : (end - window.start) * hop]
-        if not samples.isfinite().all():
-            raise _not_finite()
-        return samples.cpu().numpy()  # type: ignore[no-any-return]
+        certain = frames.shape[2]
+        if end is None:
+            # The newest frames lie between the last state and one that is still to come.
+            certain -= CONTEXT + 2 * math.ceil(certain / len(row.states)) + 2
+            if certain <= row.frames:
+                return
+        first = max(0, row.frames - CONTEXT)
+        part = frames[:, :, first : certain + CONTEXT]
+        self._decoding = [it for it in self._decoding if not it.done()]
+        if len(self._decoding) >= MAX_DECODING:
+            wait(self._decoding, return_when=FIRST_COMPLETED)
+        sound = self._decoders.submit(
+            self._decode, part, row.voice.embedding, row.frames - first, certain - first
+        )
+        row.frames = certain
+        self._decoding.append(sound)
+        row.sounds.append(sound)
+        row.tell(Heard(sound, end))
+
+    # -- on a decoder's thread
+
+    def _decode(
+        self, frames: torch.Tensor, embedding: torch.Tensor, begin: int, end: int
+    ) -> NDArray[np.float32]:
+        """The samples of the frames from `begin` to `end`; those around them are what they depend on."""
+        import torch
+
+        share_cores(self._lanes, self._at_work() + bool(self._live))
+        decoder = self.model.hifigan_decoder
+        with torch.inference_mode():
+            wave = decoder.waveform_decoder(frames, g=embedding.to(self._device))
+            samples = wave[0, 0, begin * decoder.output_hop_length : end * decoder.output_hop_length]
+            if not samples.isfinite().all():
+                raise _not_finite()
+            return samples.cpu().numpy()  # type: ignore[no-any-return]
+
+    def _at_work(self) -> int:
+        """How many decoders have something to do."""
+        return min(self._lanes, sum(not it.done() for it in self._decoding))
 
 
 def _carry_out(work: Callable[[], Any], future: Future[Any]) -> None:
@@ -692,7 +740,7 @@ def _check_memory(error: Exception) -> bool:
     if is_out_of_memory(error):
         empty_cache()
         return True
-    if "CUDA error" in str(error):
+    if is_cuda_broken(error):
         raise error
     return False
 
@@ -902,6 +950,7 @@ def load(settings: Settings) -> Engine:
             raise StartError(f"{settings.model_name} has no {name}. Use an XTTS v2 model.", code="incomplete")
     with prewarm.phase("import"):
         import torch
+        from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
         from TTS.config import load_config
         from TTS.tts.models.xtts import Xtts
 
@@ -921,6 +970,10 @@ def load(settings: Settings) -> Engine:
         config = load_config(str(folder / "config.json"))
         model = Model(config)
         model.load_checkpoint(config, checkpoint_dir=str(folder), eval=True)
+        # The decoder's weights as they are, not as a direction and a length to be multiplied in every call.
+        for module in model.hifigan_decoder.modules():
+            if is_parametrized(module):
+                remove_parametrizations(module, "weight")
         model = model.to(device)
         _cast(model.gpt, dtype)
         phase.bytes = sum(weight.nbytes for weight in model.parameters())
@@ -1029,7 +1082,7 @@ class Speech:
 
         def stop(_: object = None) -> None:
             for row in rows:
-                row.over = True
+                row.stop()
 
         # A generator that waits at a `yield` does not hear of the end of its task.
         task = asyncio.current_task()
@@ -1040,16 +1093,11 @@ class Speech:
             for row, (_, end) in zip(rows, read, strict=True):
                 reason = None
                 while reason is None:
-                    news = await row.news.get()
-                    if isinstance(news, Exception):
-                        raise news
-                    reason = news.finish_reason
+                    samples, reason = await row.hear()
                     if reason == "length":
                         self.finish_reason = "length"
-                    last = reason is not None and row is rows[-1]
-                    if news.samples.size or last:
-                        yield np.concatenate([pause, news.samples]), last
-                        pause = pause[:0]
+                    yield np.concatenate([pause, samples]), reason is not None and row is rows[-1]
+                    pause = pause[:0]
                 pause = np.zeros(int(PAUSES[end] / request.speed * engine.rate), np.float32)
         finally:
             stop()
