@@ -277,6 +277,18 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.002)
 
 
+class Gate:
+    """Holds up a function of the engine: `held` counts the calls that have come, `open` lets all through."""
+
+    def __init__(self, real: Callable[..., Any]) -> None:
+        self.real, self.held, self.open = real, 0, threading.Event()
+
+    def __call__(self, *given: Any) -> Any:
+        self.held += 1
+        assert self.open.wait(120)
+        return self.real(*given)
+
+
 async def speak(worker: ModuleType, text: str, **options: Any) -> tuple[Any, list[Samples]]:
     """One piece of text by the engine: the row, and the samples as they came."""
     speaker = worker.engine.speaker
@@ -360,18 +372,6 @@ async def test_one_who_comes_later_joins(worker: ModuleType) -> None:
 LONG = 1  # a seed with which "first" is spoken in two parts or more; the test above fails with another
 
 
-class Gate:
-    """Holds the decoder's threads up: `held` counts those who have come, `open` lets all through."""
-
-    def __init__(self, decode: Callable[..., Samples]) -> None:
-        self.decode, self.held, self.open = decode, 0, threading.Event()
-
-    def __call__(self, *given: Any) -> Samples:
-        self.held += 1
-        assert self.open.wait(120)
-        return self.decode(*given)
-
-
 @pytest.fixture
 async def gated(worker: ModuleType) -> AsyncIterator[tuple[Any, Gate, Callable[[int], Any]]]:
     """An engine whose one decoder waits at a gate, and what begins a piece in it."""
@@ -451,7 +451,7 @@ async def test_parts_come_in_order_whichever_is_decoded_first(worker: ModuleType
     speaker, gate, _ = gated
     speaker._decoders = ThreadPoolExecutor(2)
     later = threading.Event()
-    decode = gate.decode
+    decode = gate.real
 
     def slow_at_first(frames: Any, embedding: Any, begin: int, end: int) -> Samples:
         if begin == 0:  # the beginning of the piece: nothing lies before it
@@ -477,18 +477,21 @@ async def test_parts_come_in_order_whichever_is_decoded_first(worker: ModuleType
 
 
 @engine
-async def test_what_nobody_waits_for_gives_its_place_up(worker: ModuleType) -> None:
-    speaker, voice = worker.engine.speaker, worker.engine.speakers[SPEAKERS[0]]
+async def test_what_nobody_waits_for_gives_its_place_up(
+    worker: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speaker = worker.engine.speaker
+    monkeypatch.setattr(speaker, "_step", gate := Gate(speaker._step))
     task = asyncio.create_task(say(worker, "One sentence. " * 40))
-    await until(lambda: speaker._live is not None)
+    await until(lambda: gate.held == 1)
     task.cancel()
     with suppress(asyncio.CancelledError):
         await task
-    # Of 40 pieces, at most those of one batch are still finished before this one.
-    row, _ = await speak(worker, "next", voice=voice)
-    assert row.over
-    assert not speaker._waiting
     assert task.cancelled()
+    gate.open.set()
+    await until(lambda: speaker._live is None and not speaker._waiting)
+    assert gate.held == 1, "nobody gets another token"
+    assert (await speak(worker, "next"))[0].over
 
 
 @engine
@@ -588,19 +591,29 @@ async def test_numbers_that_are_none(worker: ModuleType) -> None:
 
 
 @engine
-async def test_every_job_gets_a_turn(worker: ModuleType) -> None:
-    """One job with far more pieces than run at a time does not keep a short one waiting."""
-    order: list[str] = []
+async def test_every_job_gets_a_turn(worker: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One job with more pieces than run at a time does not keep a short one waiting, which comes later."""
+    speaker, order = worker.engine.speaker, list[Any]()
+    admit = speaker._admit
 
-    async def timed(name: str, text: str) -> None:
-        await say(worker, text, seed=3)
-        order.append(name)
+    def noted() -> list[Any]:
+        rows: list[Any] = admit()
+        order.extend(row.job.request.text for row in rows)
+        return rows
 
-    long = asyncio.create_task(timed("long", "A sentence. " * 16))
-    await until(lambda: worker.engine.speaker._live is not None)
-    await timed("short", "Hello.")
-    await long
-    assert order == ["short", "long"]
+    monkeypatch.setattr(speaker, "_admit", noted)
+    monkeypatch.setattr(speaker, "_step", gate := Gate(speaker._step))
+    long = asyncio.create_task(say(worker, "A sentence. " * 16, seed=3))
+    await until(lambda: gate.held == 1)
+    going = len(order)
+    begin, begun = speaker.begin, list[Any]()
+    monkeypatch.setattr(speaker, "begin", lambda *a, **k: begun.append(begin(*a, **k)) or begun[-1])
+    short = asyncio.create_task(say(worker, "Hello.", seed=3))
+    await until(lambda: bool(begun))
+    gate.open.set()
+    await asyncio.gather(short, long)
+    assert order.index("Hello.") == going, "it has the first place that is free"
+    assert len(order) == 17
 
 
 # ---- texts, spoken -------------------------------------------------------------------------------------
