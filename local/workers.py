@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from local.containers import Container
 from local.queue import Queue, Rules
+from shared import reaper
 
 _PHASE = re.compile(r"phase=(\S+) seconds=(\d+(?:\.\d+)?)")
 _LINES, _LINE_LENGTH = 5000, 10_000
@@ -133,9 +133,6 @@ class WorkerProcess:
             command = self.command.command(self.id, passed | set(self.env))
         else:
             command = list(self.command)
-        if setpriv := shutil.which("setpriv"):
-            # Linux: should this process die without a chance to clean up, its workers end too.
-            command = [setpriv, "--pdeathsig", "TERM", *command]
         read, write = os.pipe()
         # Not the subprocess's own pipe: its wait() lasts until every grandchild has closed it.
         self._log = _Log(self._line)
@@ -153,6 +150,12 @@ class WorkerProcess:
                 stderr=write,
                 start_new_session=True,
             )
+            # Should this process die without a chance to clean up, its workers end too.
+            numbers = [str(number) for number in (os.getpid(), self.pid, self._fleet.rules.grace)]
+            self._guard = await asyncio.create_subprocess_exec(
+                sys.executable, "-I", "-S", reaper.__file__, *numbers,
+                stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
         except BaseException:
             self._pipe.close()
             raise
@@ -164,6 +167,8 @@ class WorkerProcess:
         assert self._process is not None
         code = await self._process.wait()
         self._signal_group()
+        self._guard.kill()
+        await self._guard.wait()
         if isinstance(self.command, Container):
             await self.command.remove(self.id)
         with contextlib.suppress(TimeoutError):

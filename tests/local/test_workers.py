@@ -229,12 +229,22 @@ async def test_a_worker_that_does_not_leave_is_killed(tmp_path: Path) -> None:
     assert platform.workers == []
 
 
-@pytest.mark.skipif(not shutil.which("setpriv"), reason="util-linux's setpriv is what ties them together")
-def test_workers_end_with_a_platform_that_is_killed(tmp_path: Path) -> None:
+DEAF = """
+import os, signal, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal = lambda *_: None  # The SDK's own handler is not to take its place,
+sys.stdout = open(os.devnull, "w")  # and no broken pipe is to end it.
+"""
+
+
+@pytest.mark.parametrize("deaf", ["", DEAF], ids=["", "deaf"])
+def test_workers_end_with_a_platform_that_is_killed(tmp_path: Path, deaf: str) -> None:
+    handler = tmp_path / "handler.py"
+    handler.write_text(deaf + (HANDLERS / "echo.py").read_text())
     script = textwrap.dedent(f"""
         import time
-        from local import running
-        with running({str(HANDLERS / "echo.py")!r}) as platform:
+        from local import Rules, running
+        with running({str(handler)!r}, rules=Rules(grace={1 if deaf else 30})) as platform:
             print(platform.workers[0].pid, flush=True)
             time.sleep(600)
     """)
