@@ -111,6 +111,8 @@ def _explain(problem: ErrorDetails, model: type[BaseModel]) -> JobError:
     if problem["type"] == "missing":
         return JobError(f"{param}: this field is required.", param=param, code="missing_field")
     text = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("model_type", "model_attributes_type"):  # its text has the name of the class
+        text = "Input should be an object"
     got = f", got {_show(problem['input'])}" if param and problem["type"] != "value_error" else ""
     return JobError(f"{param}: {text}{got}." if param else f"{text}.", param=param, code="invalid_value")
 

@@ -132,10 +132,16 @@ class ImageUrl(OpenAIRequest):
     detail: str | None = Field(None, description="Accepted and not used")
 
 
+def _as_object(value: Any) -> Any:
+    return {"url": value} if isinstance(value, str) else value
+
+
 class ContentPart(OpenAIRequest):
     type: Literal["text", "image_url"] = Field(description="What the part is")
     text: str | None = Field(None, description="The text, where `type` is text")
-    image_url: ImageUrl | None = Field(None, description="The image, where `type` is image_url")
+    image_url: Annotated[ImageUrl | None, BeforeValidator(_as_object)] = Field(
+        None, description="The image, where `type` is image_url; a text is its `url`"
+    )
 
     @model_validator(mode="after")
     def _has_what_it_says(self) -> ContentPart:

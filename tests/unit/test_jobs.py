@@ -19,10 +19,15 @@ from shared.logs import job_id
 from shared.settings import WorkerSettings
 
 
+class Part(Request):
+    size: int
+
+
 class Ask(Request):
     text: str
     count: int = Field(1, ge=1, le=9)
     parts: list[str] = Field(default=[])
+    part: Part | None = None
 
 
 class Routed(BaseModel):
@@ -111,6 +116,8 @@ async def test_an_openai_route_reaches_its_own_model() -> None:
         ({"text": "a", "count": 10**70}, "count", "invalid_value", "less than"),
         ({"openai_route": 10**70}, "openai_route", "unknown_route", "/v1/echo"),
         ({"text": "a", "parts": ["b", 7]}, "parts.1", "invalid_value", "7"),
+        ({"text": "a", "part": "b"}, "part", "invalid_value", 'should be an object, got "b"'),
+        ({"text": "a", "part": {"size": "b"}}, "part.size", "invalid_value", "integer"),
         ({"txt": "a"}, "txt", "unknown_field", "Did you mean 'text'?"),
         ({"text": "a", "cuont": 2}, "cuont", "unknown_field", "Did you mean 'count'?"),
         ({"openai_route": "/v1/nothing"}, "openai_route", "unknown_route", "/v1/echo"),

@@ -603,7 +603,7 @@ async def test_what_goes_before_each_text_cannot_fill_the_memory(use: Callable[.
     if name == "rank-bert":
         answer, param = await send(query=long, documents=many), "query"
     else:
-        answer, param = await send(texts=many, instruction=long, dimensions=2), "prompt"
+        answer, param = await send(texts=many, instruction=long, dimensions=2), "instruction"
     problem = json.loads(answer["error"])
     assert (problem["code"], problem["param"]) == ("too_large", param)
 

@@ -93,7 +93,7 @@ def test_both_forms_of_a_request_mean_the_same(llava: ModuleType) -> None:
         llava,
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": [
-            {"type": "image_url", "image_url": {"url": "a"}},
+            {"type": "image_url", "image_url": "a"},
             {"type": "image_url", "image_url": {"url": "b", "detail": "low"}},
             text(llava.DEFAULT_PROMPT),
         ]},

@@ -404,13 +404,15 @@ async def handler(
     openai_api.check_model(request.model, *engine.served)
     if isinstance(request, OpenAIRerankRequest):
         return await rerank(request, engine)
-    prompt = prompt_for(request, engine.encoder)
+    prompt = prompt_for(request, engine.encoder, len(request.input))
     return await answer_openai(engine.encoder, request, prompt=prompt, model=engine.name)
 
 
-def prompt_for(request: Prompted, encoder: Encoder) -> str:
+def prompt_for(request: Prompted, encoder: Encoder, texts: int) -> str:
+    """What goes before each of so many texts."""
     if request.instruction is not None:
         check_unicode([request.instruction], "instruction")
+        check_repeated(request.instruction, texts, "instruction")
         return request.instruction
     if isinstance(request, RetrievalRequest) and (request.prompt, request.prompt_name) != (None, None):
         return encoder.prompt_for(request.prompt, request.prompt_name)
@@ -418,7 +420,7 @@ def prompt_for(request: Prompted, encoder: Encoder) -> str:
 
 
 async def embed(request: RetrievalRequest, engine: Loaded) -> RetrievalResponse:
-    prompt = prompt_for(request, engine.encoder)
+    prompt = prompt_for(request, engine.encoder, len(request.texts or ()) or 1)
     fields = await answer(engine.encoder, request, prompt=prompt, model=engine.name, revision=engine.revision)
     return RetrievalResponse.model_construct(**fields, pooling=engine.pooling, prompt=prompt)
 
