@@ -157,6 +157,8 @@ class WorkerProcess:
                 stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
         except BaseException:
+            if self._process is not None:
+                self._signal_group()
             self._pipe.close()
             raise
         finally:

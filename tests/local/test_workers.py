@@ -237,7 +237,7 @@ sys.stdout = open(os.devnull, "w")  # and no broken pipe is to end it.
 """
 
 
-@pytest.mark.parametrize("deaf", ["", DEAF], ids=["", "deaf"])
+@pytest.mark.parametrize("deaf", ["", DEAF], ids=["listens", "deaf"])
 def test_workers_end_with_a_platform_that_is_killed(tmp_path: Path, deaf: str) -> None:
     handler = tmp_path / "handler.py"
     handler.write_text(deaf + (HANDLERS / "echo.py").read_text())
@@ -256,6 +256,27 @@ def test_workers_end_with_a_platform_that_is_killed(tmp_path: Path, deaf: str) -
         assert len(group(pid)) >= 2
         process.kill()
     until(lambda: not group(pid))
+
+
+async def test_a_start_that_is_given_up_leaves_no_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started = []
+
+    async def start(*command: str, **options: object) -> asyncio.subprocess.Process:
+        if started:  # the guard
+            raise OSError("no more processes")
+        started.append(await real(*command, **options))  # type: ignore[arg-type]
+        return started[0]
+
+    real = asyncio.create_subprocess_exec
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
+    platform = Platform(rules=RULES)
+    await platform.start()
+    with pytest.raises(OSError, match="no more processes"):
+        await platform.add_worker([sys.executable, "-c", "import time; time.sleep(600)"], cwd=tmp_path)
+    await platform.stop()
+    assert await asyncio.wait_for(started[0].wait(), 60) == -signal.SIGKILL
 
 
 async def health(platform: Platform) -> dict[str, int]:
