@@ -118,6 +118,14 @@ class Engine:
         """Tokens since the start."""
         return self.metric(r"generation_tokens_total\{.*?\}")
 
+    def settle(self) -> None:
+        """Wait until the server in front of a stopped core has read all that the core had told it."""
+        seen, since = self.made(), time.monotonic()
+        while time.monotonic() - since < 1:
+            time.sleep(0.05)
+            if (now := self.made()) != seen:
+                seen, since = now, time.monotonic()
+
 
 def held(platform: Platform, engine: Engine, answers: int, *orders: dict[str, Any]) -> list[str]:
     """Jobs in the middle of their answers, with the engine's core stopped, so that they stay there."""
@@ -131,7 +139,8 @@ def held(platform: Platform, engine: Engine, answers: int, *orders: dict[str, An
 
         until(lambda: engine.running() >= answers or states() == {"COMPLETED"})
         os.kill(engine.core, signal.SIGSTOP)
-        if states() == {"IN_PROGRESS"}:
+        engine.settle()
+        if engine.running() >= answers and states() == {"IN_PROGRESS"}:
             return jobs
         os.kill(engine.core, signal.SIGCONT)  # this machine was elsewhere meanwhile: once more
         until(lambda: states() == {"COMPLETED"})
