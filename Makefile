@@ -41,7 +41,7 @@ test: $(MADE) $(MADE_VLLM) ## Every test
 test-fast: $(MADE) ## The tests that load no model and start no worker
 	@$(PY) -m pytest -m 'not engine' $(ARGS)
 test-vllm: $(MADE) $(MADE_VLLM) ## The vllm worker's tests, with the real vLLM on this CPU
-	@$(PY) -m pytest tests/workers/test_vllm.py tests/workers/test_vllm_engine.py $(ARGS)
+	@$(PY) -m pytest tests/workers/vllm $(ARGS)
 lint: $(MADE) ## Style, types, Dockerfiles, workflows; changes nothing
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet . || { echo 'Not formatted: make fmt'; exit 1; }

@@ -107,7 +107,7 @@ def naive(worker: str) -> int | None:
 
 WORKDIR /app
 RUN pip install --no-cache-dir {names}
-COPY workers/{worker}/handler.py ./
+COPY workers/{worker} ./
 """
     name = f"localhost/benchmark/naive-{worker}:dev"
     options = ["--load", "--provenance=false", f"--tag={name}", "--file=-", "."]

@@ -175,12 +175,15 @@ def running(
     handler = find_handler(worker)
     paths = [str(ROOT), *filter(None, [(env or {}).get("PYTHONPATH", os.environ.get("PYTHONPATH"))])]
     worker_env = dict(env or {}) if container else {**(env or {}), "PYTHONPATH": os.pathsep.join(paths)}
-    command = container or [python, "-u", handler.name]
+    if handler.parent.parent == ROOT / "workers":
+        command, cwd = [python, "-u", "-m", f"workers.{handler.parent.name}.handler"], ROOT
+    else:
+        command, cwd = [python, "-u", handler.name], handler.parent
     platform = Platform(port=port, rules=rules, echo=echo)
 
     async def add_workers() -> None:
         for _ in range(workers):
-            await platform.add_worker(command, cwd=handler.parent, env=worker_env)
+            await platform.add_worker(container or command, cwd=cwd, env=worker_env)
         await platform.wait_ready(ready_timeout, workers)
 
     loop = asyncio.new_event_loop()

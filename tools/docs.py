@@ -120,7 +120,7 @@ def model_table(model: type[BaseModel], first: str, *, upper: bool = False) -> s
 def workers_table(root: Path = ROOT) -> str:
     rows = []
     for name, row in sorted(bake_table(root).items()):
-        default = load_handler(name, root).Settings.model_fields["model_name"].default
+        default = load_handler(name).Settings.model_fields["model_name"].default
         model = f"`{default}`" if isinstance(default, str) else "set `MODEL_NAME`"
         rows.append([f"[{name}](workers/{name}/README.md)", row["about"], model])
     return markdown(["Worker", "What it does", "Default model"], rows)
@@ -150,7 +150,7 @@ def stale(root: Path = ROOT, *, write: bool = False) -> list[str]:
     pages: list[tuple[Path, ModuleType | None]] = [(root / "README.md", None)]
     for name in worker_names(root):
         if (page := root / "workers" / name / "README.md").exists():
-            pages.append((page, load_handler(name, root)))
+            pages.append((page, load_handler(name)))
     found = []
     for page, module in pages:
         text = page.read_text()

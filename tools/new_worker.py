@@ -30,7 +30,7 @@ def make(name: str, root: Path = ROOT) -> list[Path]:
     if name in worker_names(root) or name.endswith("-release"):
         raise SystemExit(f"{name} is taken.")
     template = root / "tools" / "template"
-    test = Path("tests", "workers", f"test_{name.replace('-', '_')}.py")
+    test = Path("tests", "workers", name, "test_handler.py")
     written = []
     for source in sorted(path for path in template.iterdir() if path.is_file()):
         target = test if source.name == "test_worker.py" else Path("workers", name, source.name)

@@ -1,9 +1,8 @@
-"""Finds the workers, by looking into workers/, and imports their handlers."""
+"""Finds the workers, by looking into workers/, and imports their modules."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 from types import ModuleType
 
@@ -15,23 +14,14 @@ def worker_names(root: Path = ROOT) -> list[str]:
     return sorted({path.parent.name for path in root.glob("workers/*/*") if path.is_file()})
 
 
-def load_handler(name: str, root: Path = ROOT) -> ModuleType:
-    """Import workers/<name>/handler.py, once: a folder name may hold a hyphen, so `import` cannot.
+def load_module(name: str, module: str) -> ModuleType:
+    """workers/<name>/<module>.py. A folder's name may hold a hyphen, which an `import` statement cannot.
 
-    Raises FileNotFoundError when there is no such handler.
+    Raises ModuleNotFoundError when there is no such module.
     """
-    module_name = f"workers.{name}.handler"
-    if module_name in sys.modules:
-        return sys.modules[module_name]
-    spec = importlib.util.spec_from_file_location(module_name, root / "workers" / name / "handler.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # pydantic looks a model's module up by name to read its annotations.
-    sys.modules[module_name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[module_name]
-        raise
-    return module
+    return importlib.import_module(f"workers.{name}.{module}")
+
+
+def load_handler(name: str) -> ModuleType:
+    """workers/<name>/handler.py."""
+    return load_module(name, "handler")

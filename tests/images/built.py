@@ -349,7 +349,7 @@ def kill_handler(container: str) -> None:
     script = (
         "import os, signal\n"
         "mine = [int(p) for p in os.listdir('/proc') if p.isdigit() and p != str(os.getpid())]\n"
-        "mine = [p for p in sorted(mine) if b'handler.py' in open(f'/proc/{p}/cmdline', 'rb').read()]\n"
+        "mine = [p for p in sorted(mine) if b'.handler' in open(f'/proc/{p}/cmdline', 'rb').read()]\n"
         "os.kill(mine[0], signal.SIGKILL) if mine[0] != 1 else print('first')"
     )
     if docker("exec", container, "python3", "-c", script) == "first":

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 import requests
 import runpod
-from conftest import RULES, Client, until
+from tests.local.conftest import RULES, Client, until
 from runpod import AsyncioEndpoint, AsyncioJob, Endpoint
 
 from local import Platform

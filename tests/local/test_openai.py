@@ -8,7 +8,7 @@ import openai
 import pytest
 import requests
 import runpod
-from conftest import HANDLERS, RULES, Client, until
+from tests.local.conftest import HANDLERS, RULES, Client, until
 
 from local import running
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 import requests
-from conftest import HANDLERS, RULES, Client, until
+from tests.local.conftest import HANDLERS, RULES, Client, until
 
 from local import Platform, WorkerFailed, WorkerProcess, running
 from local.platform import ROOT

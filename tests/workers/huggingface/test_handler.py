@@ -606,7 +606,7 @@ def test_a_worker_whose_engine_dies_is_replaced(tmp_path: Path) -> None:
     """The jobs that it had are told so, and the next job is answered by another process."""
     script = tmp_path / "handler.py"
     script.write_text(DIES)
-    real = Path(__file__).parents[2] / "workers" / "huggingface" / "handler.py"
+    real = Path(__file__).parents[3] / "workers" / "huggingface" / "handler.py"
     env = {**local_env("huggingface"), "REAL_HANDLER": str(real)}
     with running(script, env=env) as platform:
 

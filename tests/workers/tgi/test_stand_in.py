@@ -338,7 +338,7 @@ def ended(*arguments: str, **env: str) -> tuple[int, str]:
 
 def test_version() -> None:
     """What the image's build compares with."""
-    dockerfile = (Path(__file__).parents[2] / "workers/tgi/Dockerfile").read_text()
+    dockerfile = (Path(__file__).parents[3] / "workers/tgi/Dockerfile").read_text()
     status, output = ended("--version")
     assert (status, output.split()) == (0, ["text-generation-launcher", tgi_stand_in.VERSION])
     assert f'= "text-generation-launcher {tgi_stand_in.VERSION}"\n' in dockerfile

@@ -1378,7 +1378,7 @@ def test_a_long_job_tells_how_far_it_is(tmp_path: Path) -> None:
            "RUNPOD_VOLUME_PATH": str(tmp_path / "none"), "WINDOW_SECONDS": "6", "MAX_BATCH_WINDOWS": "2",
            "PREWARM": "false", "GATE": str(tmp_path)}  # fmt: skip
     samples, marks = lecture(24, 3)
-    with running(Path(__file__).parent / "engines/whisper_gated.py", env=env) as platform:
+    with running(Path(__file__).parent / "gated.py", env=env) as platform:
         job = post(platform, "run", {"audio": encoded(samples, "FLAC"), "vad": False})["id"]
 
         def status() -> dict[str, Any]:

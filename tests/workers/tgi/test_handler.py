@@ -1,4 +1,4 @@
-"""The tgi worker with a stand-in for TGI's server; see tests/unit/test_tgi_stand_in.py."""
+"""The tgi worker with a stand-in for TGI's server; see tests/workers/tgi/test_stand_in.py."""
 
 from __future__ import annotations
 
@@ -587,7 +587,7 @@ async def test_messages_are_what_tgis_own_chat_makes_of_them(worker: ModuleType)
 @engine
 async def test_the_token_before_every_text_comes_once(tmp_path: Path) -> None:
     """The template writes it, and TGI would write it again before the text that the template gave."""
-    from tests.unit.test_tgi_stand_in import with_bos
+    from tests.workers.tgi.test_stand_in import with_bos
 
     source = Path(local_env("tgi")["MODEL_NAME"])
     (tmp_path / "model.safetensors").symlink_to(source / "model.safetensors")
@@ -799,7 +799,7 @@ async def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def elsewhere() -> Iterator[str]:
-    from tests.unit.test_tgi_stand_in import serving
+    from tests.workers.tgi.test_stand_in import serving
 
     with serving(Path(local_env("tgi")["MODEL_NAME"]), "--api-key", SECRET) as url:
         yield url
@@ -824,7 +824,7 @@ def test_a_server_elsewhere_that_wants_a_key(elsewhere: str) -> None:
 
 @engine
 def test_a_server_elsewhere_that_does_not_answer(capsys: pytest.CaptureFixture[str]) -> None:
-    from tests.unit.test_tgi_stand_in import free_port
+    from tests.workers.tgi.test_stand_in import free_port
 
     url = f"http://user:password@127.0.0.1:{free_port()}"
     with (
@@ -840,7 +840,7 @@ def test_a_server_elsewhere_that_does_not_answer(capsys: pytest.CaptureFixture[s
 
 @engine
 async def test_a_server_elsewhere_that_goes_away() -> None:
-    from tests.unit.test_tgi_stand_in import serving
+    from tests.workers.tgi.test_stand_in import serving
 
     with serving(Path(local_env("tgi")["MODEL_NAME"])) as url, prepared(TGI_URL=url) as module:
         problem = await error(module, prompt="[[die 2]]")
@@ -1088,7 +1088,7 @@ def test_a_plain_worker_gives_the_object_itself() -> None:
 def test_make_run_says_that_it_is_not_tgi() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tools.start", "run", "tgi"],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120, check=False,
+        cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "stand-in" in done.stderr

@@ -49,7 +49,7 @@ def repository(tmp_path: Path) -> Path:
         ("workers/a/README.md", []),
         ("workers/a/requirements.in", []),
         ("workers/gone/handler.py", []),
-        ("tests/unit/test_tools.py", []),
+        ("tests/tools/test_tools.py", []),
         ("shared_things/x.py", []),
     ],
 )
@@ -177,7 +177,7 @@ def pytest_in(root: Path, *arguments: str) -> str:
 
 
 def test_new_worker_passes_its_own_tests(house: Path) -> None:
-    assert " passed" in pytest_in(house, "tests/workers/test_my_worker_2.py")
+    assert " passed" in pytest_in(house, "tests/workers/my-worker-2/test_handler.py")
 
 
 def test_new_worker_fits_into_the_house(house: Path) -> None:
@@ -185,7 +185,7 @@ def test_new_worker_fits_into_the_house(house: Path) -> None:
     others = " or ".join(worker_names())
     shown = pytest_in(
         house,
-        *("-rA", "tests/unit/test_house.py", "tests/images"),
+        *("-rA", "tests/house", "tests/images"),
         *("-k", f"not compile_to and not finds_a_wheel and ({NAME} or not ({others}))"),
     )
     assert f"test_has_the_files_of_every_worker[{NAME}]" in shown
@@ -194,7 +194,7 @@ def test_new_worker_fits_into_the_house(house: Path) -> None:
 
 def test_new_worker_is_clean(house: Path) -> None:
     """Style only: the types do not depend on the name, and `make lint` checks them in the template."""
-    files = [f"workers/{NAME}/handler.py", "tests/workers/test_my_worker_2.py"]
+    files = [f"workers/{NAME}/handler.py", "tests/workers/my-worker-2/test_handler.py"]
     for command in (["check"], ["format", "--check"]):
         ruff = [Path(sys.executable).parent / "ruff", *command, *files]
         done = subprocess.run(ruff, cwd=house, capture_output=True, text=True, check=False)

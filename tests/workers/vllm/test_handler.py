@@ -31,7 +31,7 @@ from tools.workers import ROOT, load_handler
 
 engine = pytest.mark.engine
 TALK = [{"role": "user", "content": "Name three rivers."}]
-STAND_IN = Path(__file__).parent / "engines" / "vllm_like.py"
+STAND_IN = Path(__file__).parent / "vllm_like.py"
 
 
 @pytest.fixture(scope="module")

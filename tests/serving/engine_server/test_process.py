@@ -25,7 +25,7 @@ from shared.startup import classify, classify_log
 from shared.streaming import relay
 from tools.workers import ROOT
 
-ENGINE = Path(__file__).parent / "engines" / "engine.py"
+ENGINE = Path(__file__).parent / "engine.py"
 SECRET = "hf_" + "s" * 30
 
 

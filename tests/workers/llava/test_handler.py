@@ -696,7 +696,7 @@ exec(compile(open(os.environ["REAL_HANDLER"]).read(), "handler.py", "exec"))
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     script = tmp_path_factory.mktemp("slow") / "handler.py"
     script.write_text(SLOW)
-    real = Path(__file__).parents[2] / "workers" / "llava" / "handler.py"
+    real = Path(__file__).parents[3] / "workers" / "llava" / "handler.py"
     # One thread, since tensors this small are much slower on two.
     env = {**local_env("llava"), "OMP_NUM_THREADS": "1", "MAX_BATCH_TOKENS": "4200"}
     with running(script, env={**env, "REAL_HANDLER": str(real)}) as platform:
