@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks import servers
 from benchmarks.harness import machine, table, write
 from benchmarks.servers import TOKENS
-from shared.engine_server import EngineServer
+from serving.engine_server.process import EngineServer
 from tools.models import local_env
 
 STEP_MS = 10

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from local.containers import Container
 from local.queue import Queue, Rules
-from shared import reaper
+from serving.engine_server import reaper
 
 _PHASE = re.compile(r"phase=(\S+) seconds=(\d+(?:\.\d+)?)")
 _LINES, _LINE_LENGTH = 5000, 10_000

@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 from typing import Any
 
-_LONGEST = 2000
+ENGINE_DIED = "engine_died"
+"""The code of a JobError after which the worker can serve no job any more, and asks to be replaced."""
+
+_MAX_TEXT = 2000  # characters of a message
 
 
-def whole(text: str) -> str:
-    """`text` as it can be sent: U+FFFD for half a surrogate pair, which JSON can name and UTF-8 cannot."""
+def replace_lone_surrogates(text: str) -> str:
+    """`text` with U+FFFD for each lone surrogate, which JSON can escape and UTF-8 cannot encode."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def _told(text: str) -> str:
-    """What a message may carry of a client's text: whole characters, both ends of megabytes."""
-    return whole(text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}")
+def _clip_middle(text: str) -> str:
+    """`text` with valid Unicode only, and without its middle where it is long."""
+    if len(text) > _MAX_TEXT:
+        text = f"{text[: _MAX_TEXT // 2]} ... {text[-_MAX_TEXT // 2 :]}"
+    return replace_lone_surrogates(text)
 
 
 class JobError(Exception):
-    """One job cannot be answered, and the client is told why.
+    """One job cannot be answered, and the client receives the reason.
 
     message: one sentence of what was wrong, one of what to do.
     param: the input field, dotted (`messages.0.content`), None when no single field is to blame.
@@ -36,8 +41,8 @@ class JobError(Exception):
         type: str = "invalid_request_error",
     ) -> None:
         super().__init__(message)
-        self.message = _told(message)
-        self.param = None if param is None else _told(param)
+        self.message = _clip_middle(message)
+        self.param = None if param is None else _clip_middle(param)
         self.code = code
         self.type = type
 
@@ -49,11 +54,36 @@ class JobError(Exception):
         """The error object as text: the SDK loses an `error` that is not a string."""
         return json.dumps(self.body(), ensure_ascii=False)
 
+    def event(self) -> str:
+        """The end of an OpenAI stream that failed: the error as a server-sent event, then `[DONE]`."""
+        return f"data: {json.dumps({'error': self.body()})}\n\ndata: [DONE]\n\n"
+
+
+def invalid(param: str, message: str, code: str = "invalid_value") -> JobError:
+    """A JobError about the field `param`, whose name begins the message."""
+    return JobError(f"{param}: {message}", param=param, code=code)
+
+
+def engine_died(error: BaseException) -> JobError:
+    """What jobs receive whose engine thread was ended by `error`; the SDK then replaces the worker."""
+    return JobError(
+        f"The engine of this worker stopped ({type(error).__name__}). Send the job again: the worker is "
+        "being replaced.",
+        code=ENGINE_DIED,
+        type="server_error",
+    )
+
+
+def not_finite(advice: str) -> JobError:
+    """What a job receives whose result has a NaN or an infinity. advice: what to change."""
+    message = f"The model produced a number that is not finite. {advice}"
+    return JobError(message, code="not_finite", type="server_error")
+
 
 class StartError(Exception):
-    """The worker cannot start, and a new try would fail in the same way.
+    """The worker cannot start, and a new attempt would fail in the same way.
 
-    `shared.startup` answers it to every job instead of crashing: a crash loop bills, an answer does not.
+    `shared.startup` answers every job with it instead of exiting: a crash loop bills, an answer does not.
 
     message: what was wrong and what to change, on one line.
     code: a stable machine-readable name (`model_not_found`, `gated`, `bad_setting`, `no_space`, ...).

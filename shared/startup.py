@@ -15,17 +15,66 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared.device import is_out_of_memory
 from shared.errors import JobError, StartError
-from shared.jobs import is_out_of_memory
 from shared.logs import log, redact
-from shared.prewarm import log_ready
-from shared.volume import use_volume
+from shared.settings import WorkerSettings
+from shared.volume import ModelPath, resolve_model, use_volume
 
 Config = dict[str, Any]
+
+
+def _process_start() -> float:
+    """When this process started, on time.monotonic()'s clock (Linux counts both from boot)."""
+    try:
+        with open("/proc/self/stat") as stat:
+            ticks = int(stat.read().rpartition(")")[2].split()[19])
+        return ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):
+        return time.monotonic()
+
+
+@dataclass
+class Phase:
+    """A phase that is running. Set `bytes` to what it read or took, if that says something."""
+
+    bytes: int | None = None
+
+
+def log_phase(name: str, seconds: float, size: int | None = None) -> None:
+    """Log `phase=<name> seconds=<s> [bytes=<n>]`."""
+    log.info("phase=%s seconds=%.3f%s", name, seconds, "" if size is None else f" bytes={size}")
+
+
+@contextmanager
+def phase(name: str) -> Iterator[Phase]:
+    """Time a phase of the start and log it when it ends well."""
+    begin = time.monotonic()
+    current = Phase()
+    yield current
+    log_phase(name, time.monotonic() - begin, current.bytes)
+
+
+def resolve(settings: WorkerSettings, name: str, *, extra: Sequence[str] = ()) -> ModelPath:
+    """The phase `resolve`: the folder of the model `name`; see `shared.volume.resolve_model`."""
+    token = settings.hf_token.get_secret_value() if settings.hf_token else None
+    with phase("resolve") as current:
+        model = resolve_model(name, settings.model_revision, token=token, extra=extra)
+        current.bytes = model.bytes
+    return model
+
+
+def log_ready() -> None:
+    """Log the phase `ready`: seconds since the process began."""
+    log_phase("ready", time.monotonic() - _process_start())
+
 
 # What transformers and sentence-transformers say (5.x, 6.x) when the same image would fail again.
 _PERMANENT = (
@@ -40,70 +89,6 @@ _ADVICE = {
     "needs_remote_code": "Set TRUST_REMOTE_CODE=true if you trust the code in the model's repository.",
     "missing_package": "Use another model, or add the package to the worker's requirements.in.",
 }
-
-# What an engine (vLLM 0.32, TGI 3.3) writes before it gives up, and what mends it. The first that is found
-# counts: engines wrap a cause into many others.
-_LOGGED = (
-    (
-        r"CUDA out of memory|CUDA error: out of memory|HIP out of memory|can't allocate memory"
-        r"|[Nn]o available memory for the cache blocks|Free memory on device .* is less than desired"
-        r"|Not enough memory to handle|larger than the available KV cache memory",
-        "out_of_memory",
-        "Use a larger GPU or more of them, a smaller or quantized model, or a shorter context.",
-    ),
-    (
-        r"Insufficient space in /dev/shm",
-        "no_shared_memory",
-        "Give the container more shared memory (docker run --shm-size 2g), or the model one GPU alone.",
-    ),
-    (
-        r"No space left on device|Disk quota exceeded",
-        "no_space",
-        "Give the endpoint a larger container disk.",
-    ),
-    (
-        r"GatedRepoError|Cannot access gated repo|access to it is restricted",
-        "gated",
-        "Ask for access on the model's page and set HF_TOKEN to a token that has it.",
-    ),
-    (r"RevisionNotFoundError|is not a valid git identifier", "revision_not_found", "Check the revision."),
-    (
-        r"RepositoryNotFoundError|is not a valid model identifier|Repository Not Found",
-        "model_not_found",
-        "Check the model's id; a private one needs HF_TOKEN.",
-    ),
-    (
-        r"`trust_remote_code=True`",  # without the marks it is among the settings that vLLM always names
-        "needs_remote_code",
-        "Set TRUST_REMOTE_CODE=true if you trust the code in the model's repository.",
-    ),
-    (
-        r"Model architectures .* are not supported|does not recognize this architecture"
-        r"|[Uu]nsupported model type|model type .* is not supported",
-        "unsupported_architecture",
-        "Use a model that this image's engine knows, or a newer image.",
-    ),
-    (
-        r"unrecognized arguments?:|invalid choice:|error: argument |unexpected argument"
-        r"|invalid value .* for '--|required arguments were not provided|cannot be used multiple times"
-        r"|greater than the derived max_model_len|Value error, |Unknown attention backend"
-        r"|invalid (tool call|reasoning) parser|No adapter found for |ArgumentValidation\(",
-        "bad_setting",
-        "Correct or remove that setting.",
-    ),
-)
-_LOG_PREFIX = re.compile(r"^(\(.*?\) )?((ERROR|WARNING|INFO)\b[\s\d:.-]*(\[.*?\] )?)?")
-
-
-def classify_log(lines: Iterable[str]) -> StartError | None:
-    """The permanent cause that an engine's last lines tell, or None when a new try may go well."""
-    # pydantic ends its own lines with the whole input
-    told = [_LOG_PREFIX.sub("", line).partition(" [type=")[0].strip() for line in lines]
-    for pattern, code, advice in _LOGGED:
-        for line in reversed(told):
-            if re.search(pattern, line):
-                return StartError(f"{redact(line)[:400].rstrip('.')}. {advice}", code=code)
-    return None
 
 
 def classify(error: BaseException) -> StartError | None:
@@ -189,6 +174,14 @@ def run(prepare: Callable[[], Config], *, worker: str) -> Config:
         sdk.join()
         log_ready()
     return config
+
+
+def serve(prepare: Callable[[], Config], *, worker: str) -> None:
+    """`run`, and then the SDK's loop, which returns when the worker is told to end."""
+    config = run(prepare, worker=worker)
+    import runpod
+
+    runpod.serverless.start(config)
 
 
 def _end_at_sigterm() -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from tools.bake import table as bake_table
-from tools.workers import ROOT, load_handler, worker_names
+from tools.workers import ROOT, load_module, worker_names
 
 MARKED = re.compile(r"(<!-- (settings|fields|workers) ?([\w.]*) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 Schema = dict[str, Any]
@@ -120,7 +120,7 @@ def model_table(model: type[BaseModel], first: str, *, upper: bool = False) -> s
 def workers_table(root: Path = ROOT) -> str:
     rows = []
     for name, row in sorted(bake_table(root).items()):
-        default = load_handler(name).Settings.model_fields["model_name"].default
+        default = load_module(name, "schemas").Settings.model_fields["model_name"].default
         model = f"`{default}`" if isinstance(default, str) else "set `MODEL_NAME`"
         rows.append([f"[{name}](workers/{name}/README.md)", row["about"], model])
     return markdown(["Worker", "What it does", "Default model"], rows)
@@ -129,7 +129,7 @@ def workers_table(root: Path = ROOT) -> str:
 def render(text: str, module: ModuleType | None, root: Path = ROOT) -> str:
     """`text` with everything between markers replaced by what the code says now.
 
-    Raises AttributeError when a marker names a model that the handler does not have.
+    Raises SystemExit when a marker names a model that the worker's schemas do not have.
     """
 
     def table(match: re.Match[str]) -> str:
@@ -139,7 +139,12 @@ def render(text: str, module: ModuleType | None, root: Path = ROOT) -> str:
         elif what == "settings":
             body = model_table(module.Settings, "Variable", upper=True)  # type: ignore[union-attr]
         else:
-            body = model_table(getattr(module, name), "Field")
+            model = getattr(module, name, None)
+            if model is None:
+                raise SystemExit(
+                    f"<!-- fields {name} -->: {module.__name__ if module else 'no module'} has no such model."
+                )
+            body = model_table(model, "Field")
         return opening + body + closing
 
     return MARKED.sub(table, text)
@@ -150,7 +155,7 @@ def stale(root: Path = ROOT, *, write: bool = False) -> list[str]:
     pages: list[tuple[Path, ModuleType | None]] = [(root / "README.md", None)]
     for name in worker_names(root):
         if (page := root / "workers" / name / "README.md").exists():
-            pages.append((page, load_handler(name)))
+            pages.append((page, load_module(name, "schemas")))
     found = []
     for page, module in pages:
         text = page.read_text()

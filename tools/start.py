@@ -16,7 +16,7 @@ from local.__main__ import main
 from tools import vllm_cpu
 from tools.images import image
 from tools.models import NOTES, engine_env, local_env
-from tools.workers import load_handler
+from tools.workers import load_module
 
 
 def image_env(worker: str) -> dict[str, str]:
@@ -38,7 +38,7 @@ def in_image(worker: str, env: Mapping[str, str]) -> list[str]:
     name = image(worker)
     if subprocess.run(["docker", "image", "inspect", name], capture_output=True, check=False).returncode:
         raise SystemExit(f"No image {name}: make build-{worker}")
-    settings = [field.upper() for field in load_handler(worker).Settings.model_fields]
+    settings = [field.upper() for field in load_module(worker, "schemas").Settings.model_fields]
     names = {*env, *(setting for setting in settings if os.environ.get(setting))}
     given = {variable: os.environ[variable] for variable in names if variable in os.environ} | dict(env)
     options = [f"--docker={option}" for option in mounts(given)]

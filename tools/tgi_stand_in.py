@@ -2,8 +2,8 @@
 
 TGI is a Rust program for GPUs and is not on PyPI, so tests and `make run-tgi` run this in its place, under
 its name (tools.models). It is written from TGI's published source at the tag v3.3.7 (launcher/src/main.rs,
-router/src/server.rs, lib.rs, validation.rs, chat.rs, infer/mod.rs), and tests/workers/tgi/test_stand_in.py holds
-it to the official clients. What it has of a model is the tokenizer and the chat template: the text is drawn
+router/src/server.rs, lib.rs, validation.rs, chat.rs, infer/mod.rs), and tests/workers/tgi/test_stand_in.py
+holds it to the official clients. What it has of a model is the tokenizer and the chat template: the text is drawn
 word by word from a hash of the prompt's tokens and, where TGI would draw, of the sampling and the seed.
 
 Faults, for tests. In a prompt, where `n` counts tokens: [[fail n]] the generation fails, [[die n]] the router

@@ -2,7 +2,7 @@
 {"even": [prompt, ...], "mixed": [[prompt, tokens], ...], "gap": seconds}.
 
 Prints the seconds of the first prompt through `generate` (the median of three). Then, for the engine of
-shared.generation and for transformers' continuous batching with both of its attentions that a CPU has: the
+serving.continuous_batching and for transformers' continuous batching with both of its attentions that a CPU has: the
 seconds of the first prompt (the median of three), those of all of `even` at once, the latencies of `mixed`,
 which come `gap` seconds apart, and how many answers to `even` are not generate's. One after another, in one
 process.
@@ -20,7 +20,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation import ContinuousBatchingConfig, GenerationConfig
 
-from shared.generation import Generator, Sampling
+from serving.continuous_batching.generator import Generator
+from serving.continuous_batching.sampling import SamplingParams
 
 Asked = Sequence[tuple[list[int], int]]  # prompts and the tokens of their answers
 Answers = tuple[float, list[float], list[list[int]]]  # seconds of all, latencies, tokens
@@ -60,7 +61,7 @@ class Engine:
             tensor = torch.tensor([ids])
             inputs = {"input_ids": tensor, "attention_mask": torch.ones_like(tensor)}
             # logprobs: what tells the tokens themselves
-            async with aclosing(self.generator.stream(inputs, Sampling(most, logprobs=0), each=False)) as it:
+            async with aclosing(self.generator.stream(inputs, SamplingParams(most, logprobs=0), each=False)) as it:
                 piece = await anext(it)
             return time.perf_counter() - begin, [chance.token for chance in piece.chances]
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shared.batching import Batcher
+from shared.batching import DynamicBatcher
 
 BUDGET = 100
 
@@ -47,14 +47,14 @@ class Engine:
             raise self.error
         return items
 
-    def batcher(self, **options: Any) -> Batcher[Text, Text]:
-        return Batcher(
+    def batcher(self, **options: Any) -> DynamicBatcher[Text, Text]:
+        return DynamicBatcher(
             self,
             **{"budget": BUDGET, "length": lambda item: item.length, "key": lambda item: item.key, **options},
         )
 
 
-async def together(batcher: Batcher[Text, Text], items: Sequence[Text]) -> list[Any]:
+async def together(batcher: DynamicBatcher[Text, Text], items: Sequence[Text]) -> list[Any]:
     """Each item as a request of its own, all in one tick; exceptions as results."""
     answers = await asyncio.gather(*(batcher.submit([item]) for item in items), return_exceptions=True)
     return [answer if isinstance(answer, BaseException) else answer[0] for answer in answers]
@@ -130,7 +130,9 @@ async def test_keys_are_never_mixed_and_late_comers_join() -> None:
 # Fairness
 
 
-async def flood(batcher: Batcher[Text, Text], engine: Engine, length: int, stop: Callable[[], bool]) -> None:
+async def flood(
+    batcher: DynamicBatcher[Text, Text], engine: Engine, length: int, stop: Callable[[], bool]
+) -> None:
     """Keeps the queue full of fresh items of this length."""
     pending: set[asyncio.Future[Any]] = set()
     for number in itertools.count():
@@ -238,7 +240,7 @@ async def test_a_busy_engine_has_no_gaps(monkeypatch: pytest.MonkeyPatch) -> Non
         return items
 
     spans: list[list[float]] = []
-    batcher: Batcher[Text, Text] = Batcher(run, budget=1, length=lambda item: item.length)
+    batcher: DynamicBatcher[Text, Text] = DynamicBatcher(run, budget=1, length=lambda item: item.length)
     await together(batcher, [Text(n, 1) for n in range(40)])
     gaps = [after[0] - before[1] for before, after in itertools.pairwise(spans)]
     assert len(gaps) == 39
@@ -260,7 +262,9 @@ async def test_each_lane_runs_a_batch_and_what_comes_later_waits_for_one() -> No
         assert gate.acquire(timeout=10)
         return items
 
-    batcher: Batcher[Text, Text] = Batcher(run, budget=BUDGET, length=lambda item: item.length, lanes=2)
+    batcher: DynamicBatcher[Text, Text] = DynamicBatcher(
+        run, budget=BUDGET, length=lambda item: item.length, lanes=2
+    )
     first = [asyncio.ensure_future(batcher.submit([Text(name, BUDGET)])) for name in "ab"]
     await asyncio.to_thread(together.wait, 10)
     late = [asyncio.ensure_future(batcher.submit([Text(name, 10)])) for name in "cd"]
@@ -431,7 +435,7 @@ async def test_out_of_memory_is_split_and_memory_is_freed(monkeypatch: pytest.Mo
         return items
 
     monkeypatch.setitem(sys.modules, "torch", Torch())  # type: ignore[arg-type]
-    batcher: Batcher[int, int] = Batcher(run, budget=64, length=lambda _: 1)
+    batcher: DynamicBatcher[int, int] = DynamicBatcher(run, budget=64, length=lambda _: 1)
     assert await batcher.submit(list(range(64))) == list(range(64))
     assert Torch.cuda.freed == 3
     assert len(dead) == 7
@@ -447,7 +451,7 @@ async def test_a_wrong_number_of_results_fails_the_batch_at_once(
         calls.append(items)
         return wrong(items) if len(items) > 1 else items
 
-    batcher: Batcher[int, int] = Batcher(run, budget=8, length=lambda _: 1)
+    batcher: DynamicBatcher[int, int] = DynamicBatcher(run, budget=8, length=lambda _: 1)
     answers = await asyncio.gather(*(batcher.submit([n]) for n in range(8)), return_exceptions=True)
     assert {type(answer) for answer in answers} == {RuntimeError}
     assert "8 items" in str(answers[0])

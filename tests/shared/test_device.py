@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from shared.hardware import cpu_lanes, share_cores
+from shared.hardware import parallel_batches, share_cores
 
 
 @pytest.mark.engine
@@ -25,5 +25,5 @@ def test_a_batch_has_its_share_of_the_cores() -> None:
 def test_only_a_cpu_has_several_lanes() -> None:
     import torch
 
-    assert cpu_lanes(torch.device("cpu")) == torch.get_num_threads()
-    assert cpu_lanes(torch.device("cuda")) == 1
+    assert parallel_batches(torch.device("cpu")) == torch.get_num_threads()
+    assert parallel_batches(torch.device("cuda")) == 1

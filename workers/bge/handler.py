@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, Field, field_validator
 
 from shared import openai_api, prewarm, startup
-from shared.batching import Batcher
+from shared.batching import DynamicBatcher
 from shared.embeddings import (
     MAX_TEXTS,
     EmbedRequest,
@@ -50,7 +50,7 @@ from shared.embeddings import (
     shape,
 )
 from shared.errors import JobError, StartError
-from shared.hardware import cpu_lanes, pick_device, share_cores
+from shared.hardware import parallel_batches, pick_device, share_cores
 from shared.jobs import Request, job_handler, start_config
 from shared.openai_api import EmbeddingsRequest, EmbeddingsResponse, ModelList, ModelsRequest, OpenAIRequest
 from shared.settings import WorkerSettings, read_settings
@@ -244,9 +244,9 @@ class Reranker:
         self._between = [ids[i] for i in range(owners.index(0), owners.index(1)) if owners[i] is None]
         self._after = ids[len(owners) - owners[::-1].index(1) :]
         self._has_types = 1 in pair.get("token_type_ids", ())
-        self._lanes = cpu_lanes(model.device)
-        self._batcher: Batcher[Pair, float] = Batcher(
-            self._run, budget=budget, length=lambda pair: len(pair.tokens), lanes=self._lanes
+        self._threads = parallel_batches(model.device)
+        self._batcher: DynamicBatcher[Pair, float] = DynamicBatcher(
+            self._run, budget=budget, length=lambda pair: len(pair.tokens), threads=self._threads
         )
 
     def tokenize(self, query: str, documents: Sequence[str], *, truncate: bool) -> list[Pair]:
@@ -281,7 +281,7 @@ class Reranker:
         """One forward pass, on an engine thread."""
         import torch
 
-        share_cores(self._lanes, self._batcher.running)
+        share_cores(self._threads, self._batcher.running)
         left = self.tokenizer.padding_side == "left"
         ids, mask = padded([pair.tokens for pair in pairs], value=self.tokenizer.pad_token_id or 0, left=left)
         inputs = {"input_ids": ids, "attention_mask": mask}
@@ -476,7 +476,7 @@ async def score_cosine(request: RerankFields, encoder: Encoder) -> Scored:
         )
 
     texts = await asyncio.to_thread(tokenize)
-    rows = shape(await encoder.encode(texts), dimensions=None, normalize=True)
+    rows = truncate_and_normalize(await encoder.encode(texts), dimensions=None, normalize=True)
     tokens, truncated = sum(len(text.tokens) for text in texts), sum(text.truncated for text in texts)
     return Scored((rows[1:] @ rows[0]).tolist(), tokens, truncated)
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
 from shared import openai_api, prewarm, startup
-from shared.batching import Batcher
+from shared.batching import DynamicBatcher
 from shared.errors import JobError, StartError
 from shared.hardware import pick_device
 from shared.jobs import Request, job_handler, start_config
@@ -223,7 +223,7 @@ class Engine:
         # A token forced onto the end of a cut answer would make it look whole.
         model.generation_config.forced_eos_token_id = None
         self._tokens = frozenset(processor.tokenizer.added_tokens_encoder)
-        self._batcher: Batcher[Question, Said] = Batcher(
+        self._batcher: DynamicBatcher[Question, Said] = DynamicBatcher(
             self._generate,
             budget=settings.max_batch_rows,
             length=lambda question: question.num_beams,

@@ -36,7 +36,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from shared import openai_api, prewarm, startup
 from shared.errors import JobError, StartError
-from shared.generation import Chance, Generator, Piece, Sampling, cache_budget, input_device
+from shared.generation import Logprob, Generator, Piece, SamplingParams, cache_budget, input_device
 from shared.hardware import pick_device
 from shared.jobs import Request, current_job, is_out_of_memory, job_handler, refuse_stream, start_config
 from shared.openai_api import (
@@ -349,7 +349,7 @@ def _wrong(param: str, code: str, message: str) -> JobError:
     return JobError(f"{param}: {message}", param=param, code=code)
 
 
-def sampling_of(request: Making) -> Sampling:
+def sampling_of(request: Making) -> SamplingParams:
     """The request's sampling, but for `max_tokens`. OpenAI's routes have OpenAI's defaults."""
     if isinstance(request, GenerateRequest):
         temperature, top_p, logprobs = request.temperature, request.top_p, request.logprobs
@@ -360,7 +360,7 @@ def sampling_of(request: Making) -> Sampling:
             logprobs = (request.top_logprobs or 0) if request.logprobs else None
         else:
             logprobs = request.logprobs
-    return Sampling(
+    return SamplingParams(
         0,
         temperature,
         top_p,
@@ -460,7 +460,7 @@ class Engine:
     def text(self, token: int) -> str:
         return str(self.tokenizer.decode([token]))
 
-    def logprobs(self, chances: Sequence[Chance]) -> list[TokenLogprob]:
+    def logprobs(self, chances: Sequence[Logprob]) -> list[TokenLogprob]:
         return [
             TokenLogprob(
                 **_logprob(self.text(it.token), it.logprob),
@@ -648,7 +648,7 @@ def _load_problem(error: Exception, settings: Settings) -> Exception:
     if isinstance(error, ImportError):
         return StartError(
             f"{said} It is not in this image: add it to the worker's requirements.in and build anew, or "
-            "choose another model or setting.",
+            "sample_next_tokens another model or setting.",
             code="missing_package",
         )
     if "attn_implementation" in said:
@@ -732,7 +732,7 @@ class Plan:
     """What a request asks of the engine: a row for each answer, those to one prompt in succession."""
 
     prompt_tokens: int
-    rows: list[tuple[dict[str, Any], Sampling]]
+    rows: list[tuple[dict[str, Any], SamplingParams]]
     adapter: str | None
 
     def streams(self, engine: Engine, *, each: bool) -> list[AsyncGenerator[Piece]]:
@@ -836,7 +836,7 @@ def _response(
     )  # fmt: skip
 
 
-def _completion_logprobs(chances: Sequence[Chance], start: int, engine: Engine) -> CompletionLogprobs:
+def _completion_logprobs(chances: Sequence[Logprob], start: int, engine: Engine) -> CompletionLogprobs:
     told = engine.logprobs(chances)
     offsets = [start]
     for it in told[:-1]:
@@ -912,7 +912,7 @@ async def stream_openai(request: ChatRequest | CompletionRequest, engine: Engine
     count = len(planned.rows)
     tokens, offsets, begun = [0] * count, [0] * count, [False] * count
 
-    def event(number: int, text: str, chances: Sequence[Chance], end: str | None = None) -> str:
+    def event(number: int, text: str, chances: Sequence[Logprob], end: str | None = None) -> str:
         if isinstance(request, CompletionRequest):
             told = (
                 None if request.logprobs is None else _completion_logprobs(chances, offsets[number], engine)

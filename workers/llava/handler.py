@@ -32,7 +32,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from shared import openai_api, prewarm, startup
 from shared.errors import JobError, StartError
-from shared.generation import Generator, Piece, Sampling
+from shared.generation import Generator, Piece, SamplingParams
 from shared.hardware import pick_device
 from shared.jobs import Request, current_job, job_handler, refuse_stream, start_config
 from shared.media import encode_image, load_bytes, load_image
@@ -376,7 +376,7 @@ async def begin(
     max_tokens = engine.generator.fit(
         prompt_tokens, chat.max_tokens, default=DEFAULT_TOKENS, param=chat.param
     )
-    sampling = Sampling(max_tokens, chat.temperature, chat.top_p, chat.seed, tuple(chat.stop))
+    sampling = SamplingParams(max_tokens, chat.temperature, chat.top_p, chat.seed, tuple(chat.stop))
     return prompt_tokens, engine.generator.stream(inputs, sampling, each=each)
 
 

@@ -14,58 +14,52 @@ packed by tokens and sorted by length.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from serving.embedding import answers
+from shared import prewarm, startup
+from shared.jobs import Job, job_handler, start_config
+from shared.openai import ModelList, ModelsRequest, check_model, model_list
+from shared.settings import read_settings
 
-from shared import openai_api, prewarm, startup
-from shared.embeddings import (
-    EmbedRequest,
-    EmbedResponse,
-    Encoder,
-    answer,
-    answer_openai,
-    load_encoder,
-)
-from shared.jobs import job_handler, start_config
-from shared.openai_api import EmbeddingsRequest, EmbeddingsResponse, ModelList, ModelsRequest
-from shared.settings import WorkerSettings, read_settings
+from .schemas import EmbeddingsRequest, EmbeddingsResponse, EmbedRequest, EmbedResponse, Settings
 
-# ---- settings ------------------------------------------------------------------------------------------
-
-
-class Settings(WorkerSettings):
-    model_name: str = Field("all-MiniLM-L6-v2", description="Model id on the Hugging Face Hub, or a folder")
-    max_concurrency: int = Field(
-        128, ge=1, le=1024, description="Jobs that one worker takes at a time; constant while it lives"
-    )
-    max_batch_tokens: int | None = Field(
-        None, ge=1, description="Tokens in one padded batch; unset: 16384 on a GPU, 1024 on CPU"
-    )
+if TYPE_CHECKING:
+    from serving.embedding.encoder import Encoder
 
 
 # ---- load ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Loaded:
+class Engine:
+    """The loaded model. served: every name that a request may call it by."""
+
     encoder: Encoder
     name: str
     served: tuple[str, ...]
     revision: str | None
 
 
-def load(settings: Settings) -> Loaded:
+engine: Engine
+
+
+def load(settings: Settings) -> Engine:
     name = settings.model_name
-    # The library's own rule: a bare name is a model of its own organisation.
+    # sentence-transformers' own rule: a name without an organisation is a model of its own.
     hub_name = name if "/" in name else f"sentence-transformers/{name}"
-    found = prewarm.resolve(settings, hub_name)
-    encoder = load_encoder(settings, found, budget=settings.max_batch_tokens)
+    model = startup.resolve(settings, hub_name)
+    with startup.phase("import"):
+        from serving.embedding.encoder import load_encoder
+    encoder = load_encoder(
+        model.path,
+        device=settings.device,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+        budget=settings.max_batch_tokens,
+    )
     served = dict.fromkeys([settings.public_name, name, hub_name, hub_name.rpartition("/")[2]])
-    return Loaded(encoder, settings.public_name, tuple(served), found.revision)
-
-
-engine: Loaded
+    return Engine(encoder, settings.public_name, tuple(served), model.revision)
 
 
 # ---- handle --------------------------------------------------------------------------------------------
@@ -73,18 +67,19 @@ engine: Loaded
 
 @job_handler(EmbedRequest, routes={"/v1/embeddings": EmbeddingsRequest, "/v1/models": ModelsRequest})
 async def handler(
-    request: EmbedRequest | EmbeddingsRequest | ModelsRequest,
+    request: EmbedRequest | EmbeddingsRequest | ModelsRequest, job: Job
 ) -> EmbedResponse | EmbeddingsResponse | ModelList:
-    if isinstance(request, ModelsRequest):
-        return openai_api.model_list(engine.name)
-    if isinstance(request, EmbeddingsRequest):
-        openai_api.check_model(request.model, *engine.served)
-        prompt = engine.encoder.default_prompt or ""
-        return await answer_openai(engine.encoder, request, prompt=prompt, model=engine.name)
     encoder = engine.encoder
+    if isinstance(request, ModelsRequest):
+        return model_list(engine.name)
+    if isinstance(request, EmbeddingsRequest):
+        check_model(request.model, *engine.served)
+        prompt = encoder.default_prompt or ""
+        return await answers.embed_openai(request, job, encoder, prompt=prompt, model=engine.name)
     prompt = encoder.prompt_for(request.prompt, request.prompt_name)
-    fields = await answer(encoder, request, prompt=prompt, model=engine.name, revision=engine.revision)
-    return EmbedResponse.model_construct(**fields)
+    return await answers.embed(
+        request, job, encoder, prompt=prompt, model=engine.name, revision=engine.revision
+    )
 
 
 # ---- start ---------------------------------------------------------------------------------------------
@@ -95,16 +90,13 @@ def prepare() -> dict[str, Any]:
     settings = read_settings(Settings)
     engine = load(settings)
     if settings.prewarm:
-        # The shapes that matter: a lone short text, and a batch of texts as long as most models take them.
+        # The shapes that matter: one short text, and a batch of texts of the length that most models take.
         prewarm.run(handler, [{"text": "warm"}, {"texts": ["warm " * 600] * 4}])
     return start_config(handler, settings)
 
 
 def main() -> None:
-    config = startup.run(prepare, worker="sentence-transformers")
-    import runpod
-
-    runpod.serverless.start(config)
+    startup.serve(prepare, worker="sentence-transformers")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ class Launcher(WorkerSettings):
     max_client_batch_size: Count = Field(None, description="Most prompts of a completion; TGI's default is 4")
     validation_workers: Count = Field(None, description="Threads that tokenize")
     cuda_graphs: str | None = Field(
-        None, pattern=r"^\d+(,\d+)*$", description="Batch sizes to record graphs for, as in 1,2,4; 0: none"
+        None, pattern=r"^\d+(,\d+)*$", description="DecodeBatch sizes to record graphs for, as in 1,2,4; 0: none"
     )
     cuda_memory_fraction: float | None = Field(None, gt=0, le=1, description="Share of the GPU's memory")
     rope_scaling: Literal["linear", "dynamic"] | None = Field(None, description="For longer prompts")
@@ -773,7 +773,7 @@ def _generate_body(request: GenerateRequest, inputs: str, engine: Engine) -> dic
 
 
 def _shorter(request: GenerateRequest, body: dict[str, Any], error: JobError) -> dict[str, Any]:
-    """The same for an answer as long as there is room, where the length was the worker's to choose."""
+    """The same for an answer as long as there is room, where the length was the worker's to sample_next_tokens."""
     left = room(error)
     if request.max_tokens is not None or not left:
         raise error

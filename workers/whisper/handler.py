@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
 from shared import openai_api, prewarm, startup
-from shared.batching import Batcher
+from shared.batching import DynamicBatcher
 from shared.errors import JobError, StartError
 from shared.hardware import pick_device
 from shared.jobs import Request, current_job, job_handler, start_config
@@ -946,7 +946,7 @@ class Listener:
         self.name, self.revision = settings.public_name, found.revision
         self._extractor, self._batch = extractor, batch
         # Each window costs the same: the encoder takes 30 s, whatever they hold.
-        self._batcher: Batcher[Window, Heard] = Batcher(
+        self._batcher: DynamicBatcher[Window, Heard] = DynamicBatcher(
             engine.decode, budget=batch, length=lambda _: 1, key=engine.key
         )
 

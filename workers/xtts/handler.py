@@ -44,8 +44,8 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from shared import openai_api, prewarm, startup
 from shared.errors import JobError, StartError
-from shared.generation import Batch, Chance, Sampling, choose, roomy_cache
-from shared.hardware import cpu_lanes, pick_device, share_cores
+from shared.generation import DecodeBatch, Logprob, SamplingParams, sample_next_tokens, preallocated_cache
+from shared.hardware import parallel_batches, pick_device, share_cores
 from shared.jobs import (
     Request,
     check_size,
@@ -378,7 +378,7 @@ class Row:
 
     ids: list[int]
     voice: Voice
-    sampling: Sampling
+    sampling: SamplingParams
     speed: float
     seed: int
     each: bool  # tell what there is every STREAM_TOKENS, not only at the end
@@ -393,7 +393,7 @@ class Row:
     over: bool = False
     random: random.Random = field(init=False)
     seen: torch.Tensor | None = None
-    chances: list[Chance] = field(default_factory=list)
+    chances: list[Logprob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.restart()
@@ -444,9 +444,9 @@ class Speaker:
         self._incoming: SimpleQueue[Row | tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
         self._waiting: deque[Row] = deque()
         self._taken: list[Row] = []
-        self._live: Batch[Row] | None = None
+        self._live: DecodeBatch[Row] | None = None
         self._dead: Exception | None = None
-        self._lanes = cpu_lanes(self._device)
+        self._lanes = parallel_batches(self._device)
         self._decoders = ThreadPoolExecutor(self._lanes, thread_name_prefix="decoder")
         self._decoding: list[Future[NDArray[np.float32]]] = []
         threading.Thread(target=self._work, name="engine", daemon=True).start()
@@ -462,7 +462,7 @@ class Speaker:
         return await asyncio.wrap_future(future)
 
     def begin(
-        self, ids: list[int], voice: Voice, sampling: Sampling, *, seed: int, speed: float = 1.0,
+        self, ids: list[int], voice: Voice, sampling: SamplingParams, *, seed: int, speed: float = 1.0,
         each: bool = False, job: Hashable = None,
     ) -> Row:  # fmt: skip
         """Start speaking; `row.hear` gives what there is to hear, `row.stop` ends it early."""
@@ -563,7 +563,7 @@ class Speaker:
         elif rows:
             rows[0].tell(problem)
 
-    def _advance(self, batch: Batch[Row]) -> None:
+    def _advance(self, batch: DecodeBatch[Row]) -> None:
         problem = None
         try:
             self._step(batch)
@@ -610,7 +610,7 @@ class Speaker:
         mask = torch.zeros(len(rows), width, dtype=torch.long, device=self._device)
         for place, prompt in enumerate(prompts):
             mask[place, width - len(prompt) :] = 1
-        batch = Batch(rows, roomy_cache(gpt.gpt), mask, mask[:, :0])
+        batch = DecodeBatch(rows, preallocated_cache(gpt.gpt), mask, mask[:, :0])
         output = gpt.gpt(
             inputs_embeds=inputs, attention_mask=mask, past_key_values=batch.cache, use_cache=True
         )
@@ -620,7 +620,7 @@ class Speaker:
             else:
                 self._live = batch
 
-    def _step(self, batch: Batch[Row]) -> None:
+    def _step(self, batch: DecodeBatch[Row]) -> None:
         import torch
 
         places = torch.tensor([[len(row.tokens)] for row in batch.rows], device=self._device)
@@ -632,13 +632,13 @@ class Speaker:
         if not self._settle(batch, output.last_hidden_state[:, -1]):
             self._live = None
 
-    def _settle(self, batch: Batch[Row], hidden: torch.Tensor) -> bool:
+    def _settle(self, batch: DecodeBatch[Row], hidden: torch.Tensor) -> bool:
         """Give each row its token, tell what can be heard, drop who is over; False when none is left."""
         import torch
 
         states = self._gpt.final_norm(hidden)
         logits = self._gpt.mel_head(states).float()
-        tokens = choose(logits, batch.rows)
+        tokens = sample_next_tokens(logits, batch.rows)
         batch.tokens = torch.tensor(tokens, device=self._device)[:, None]
         for row, token, state in zip(batch.rows, tokens, states, strict=True):
             if not row.over:
@@ -831,7 +831,7 @@ class Engine:
     speakers: dict[str, Voice]
     default: str | None
     voices: Voices
-    sampling: Sampling  # the model's own
+    sampling: SamplingParams  # the model's own
     rate: int
     name: str
     served: tuple[str, ...]
@@ -991,7 +991,7 @@ def load(settings: Settings) -> Engine:
             code="bad_setting",
         )
     speaker = Speaker(model, max_rows=settings.max_batch_size)
-    sampling = Sampling(
+    sampling = SamplingParams(
         speaker.max_tokens, config.temperature, config.top_p, top_k=config.top_k,
         repetition_penalty=float(config.repetition_penalty),
     )  # fmt: skip

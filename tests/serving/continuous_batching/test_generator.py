@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from shared.errors import JobError
-from shared.generation import Generator, Piece, Sampling, choose, joins
+from shared.generation import Generator, Piece, SamplingParams, sample_next_tokens, supports_joining_batches
 
 pytestmark = pytest.mark.engine
 
@@ -79,7 +79,12 @@ def prompt(*ids: int, **more: Any) -> dict[str, Any]:
 
 
 async def ask(
-    engine: Generator, inputs: dict[str, Any], sampling: Sampling, *, each: bool = True, after: float = 0
+    engine: Generator,
+    inputs: dict[str, Any],
+    sampling: SamplingParams,
+    *,
+    each: bool = True,
+    after: float = 0,
 ) -> Piece:
     """The whole answer as one piece."""
     await asyncio.sleep(after)
@@ -92,13 +97,13 @@ async def ask(
     return Piece(text, piece.tokens, piece.finish_reason)
 
 
-def mixed(number: int) -> list[tuple[dict[str, Any], Sampling]]:
+def mixed(number: int) -> list[tuple[dict[str, Any], SamplingParams]]:
     """Prompts and settings of all kinds."""
     draw = random.Random(7)
     asked = []
     for seed in range(number):
         ids = [draw.randrange(2, 128) for _ in range(draw.randrange(1, 60))]
-        sampling = Sampling(
+        sampling = SamplingParams(
             max_tokens=draw.randrange(1, 50),
             temperature=draw.choice([0, 0, 0.7, 1.5]),
             top_p=draw.choice([1.0, 0.8]),
@@ -133,7 +138,7 @@ def by_generate(model: Any, inputs: dict[str, Any], max_tokens: int, **settings:
 
 
 async def test_greedy_answers_are_those_of_generate(engine: Generator, model: Any) -> None:
-    asked = [(inputs, Sampling(40)) for inputs, _ in mixed(16)]
+    asked = [(inputs, SamplingParams(40)) for inputs, _ in mixed(16)]
     answers = await asyncio.gather(*(ask(engine, *each) for each in asked))
     assert answers == [by_generate(model, inputs, 40) for inputs, _ in asked]
     assert {"stop", "length"} == {answer.finish_reason for answer in answers}, "both ends are tested"
@@ -144,9 +149,9 @@ async def test_a_long_answer_is_that_of_generate(engine: Generator, model: Any) 
     inputs = prompt(3, 4)
     wanted = by_generate(model, inputs, 200, eos_token_id=None)
     engine._ends = frozenset()
-    assert await ask(engine, inputs, Sampling(200)) == wanted
+    assert await ask(engine, inputs, SamplingParams(200)) == wanted
     long, _ = await asyncio.gather(
-        ask(engine, inputs, Sampling(200)), ask(engine, prompt(*range(2, 90)), Sampling(70))
+        ask(engine, inputs, SamplingParams(200)), ask(engine, prompt(*range(2, 90)), SamplingParams(70))
     )
     assert long == wanted
     assert wanted.tokens == 200
@@ -170,16 +175,18 @@ async def test_neighbours_change_nothing(kind: str, model: Any) -> None:
 
 async def test_penalties_of_the_checkpoint_hold() -> None:
     """A repetition penalty is the rows' own; what else looks back over the text goes through generate."""
-    assert joins(tiny_llama(temperature=0.2, top_k=5, do_sample=True, repetition_penalty=1.3))
-    assert not joins(tiny_llama(no_repeat_ngram_size=3))
+    assert supports_joining_batches(
+        tiny_llama(temperature=0.2, top_k=5, do_sample=True, repetition_penalty=1.3)
+    )
+    assert not supports_joining_batches(tiny_llama(no_repeat_ngram_size=3))
     asked = [inputs for inputs, _ in mixed(6)]
     for changes in ({"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 3, "repetition_penalty": 1.2}):
         model = tiny_llama(**changes)
         engine = Generator(model, Letters())  # type: ignore[arg-type]
         for inputs in asked:  # alone: generate's own penalty takes padding for text
-            assert await ask(engine, inputs, Sampling(30)) == by_generate(model, inputs, 30)
+            assert await ask(engine, inputs, SamplingParams(30)) == by_generate(model, inputs, 30)
         wanted = [by_generate(model, inputs, 30) for inputs in asked]
-        assert await asyncio.gather(*(ask(engine, inputs, Sampling(30)) for inputs in asked)) == wanted
+        assert await asyncio.gather(*(ask(engine, inputs, SamplingParams(30)) for inputs in asked)) == wanted
         engine.close()
 
 
@@ -187,7 +194,7 @@ async def test_each_row_has_its_own_penalty(model: Any, engine: Generator) -> No
     penalties = [1.0, 1.1, 1.5, 3.0, 0.8]
     asked = [(inputs, penalties[i % 5]) for i, (inputs, _) in enumerate(mixed(10))]
     answers = await asyncio.gather(
-        *(ask(engine, inputs, Sampling(30, repetition_penalty=penalty)) for inputs, penalty in asked)
+        *(ask(engine, inputs, SamplingParams(30, repetition_penalty=penalty)) for inputs, penalty in asked)
     )
     wanted = [by_generate(model, inputs, 30, repetition_penalty=penalty) for inputs, penalty in asked]
     assert answers == wanted
@@ -213,7 +220,7 @@ async def test_beams_are_those_of_generate(kind: str) -> None:
     draw, searched, wanted, greedy = random.Random(3), [], [], []
     for inputs, _ in mixed(18):
         beams, most, penalty = draw.choice([2, 4]), draw.randrange(1, 30), draw.choice([1.0, 1.0, 1.4])
-        searched.append((inputs, Sampling(most, 0.7, repetition_penalty=penalty, beams=beams)))
+        searched.append((inputs, SamplingParams(most, 0.7, repetition_penalty=penalty, beams=beams)))
         wanted.append(by_beams(inputs, most, num_beams=beams, repetition_penalty=penalty))
         greedy.append(by_beams(inputs, most, repetition_penalty=penalty))
     assert {"stop", "length"} == {answer.finish_reason for answer in wanted}, "both ends are tested"
@@ -237,7 +244,7 @@ async def search(engine: Generator, monkeypatch: pytest.MonkeyPatch) -> AsyncGen
         StoppingCriteriaList, "__call__", lambda *args, **more: (time.sleep(0.04), whole(*args, **more))[1]
     )
     engine._ends = frozenset()
-    task = asyncio.create_task(ask(engine, prompt(5, 6), Sampling(1900, beams=3)))
+    task = asyncio.create_task(ask(engine, prompt(5, 6), SamplingParams(1900, beams=3)))
     await until(lambda: bool(engine._taken))
     yield task
     task.cancel()
@@ -245,7 +252,7 @@ async def search(engine: Generator, monkeypatch: pytest.MonkeyPatch) -> AsyncGen
 
 async def test_who_draws_does_not_wait_for_a_search(engine: Generator, search: asyncio.Task[Piece]) -> None:
     for _ in range(3):
-        await asyncio.wait_for(ask(engine, prompt(8, 9), Sampling(5)), 30)
+        await asyncio.wait_for(ask(engine, prompt(8, 9), SamplingParams(5)), 30)
     assert not search.done()
 
 
@@ -254,15 +261,15 @@ async def test_a_search_that_nobody_waits_for_ends(engine: Generator, search: as
     search.cancel()
     await until(lambda: not engine._taken)
     assert not row.tokens
-    assert await ask(engine, prompt(8, 9), Sampling(5, beams=2))
+    assert await ask(engine, prompt(8, 9), SamplingParams(5, beams=2))
 
 
 @pytest.mark.parametrize("how", ["dies", "closes"])
 async def test_an_engine_that_ends_in_a_search_says_so(
     engine: Generator, search: asyncio.Task[Piece], monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    waiting = asyncio.create_task(ask(engine, prompt(7), Sampling(5, beams=3)))
-    beside = asyncio.create_task(ask(engine, prompt(9), Sampling(1900)))
+    waiting = asyncio.create_task(ask(engine, prompt(7), SamplingParams(5, beams=3)))
+    beside = asyncio.create_task(ask(engine, prompt(9), SamplingParams(1900)))
     await until(lambda: engine._live is not None and len(engine._waiting) == 1)
 
     def dies(*_: Any) -> None:
@@ -281,8 +288,8 @@ async def test_chances_are_told_where_asked(model: Any, engine: Generator) -> No
     import torch
 
     inputs = prompt(5, 6, 7)
-    beside = ask(engine, inputs, Sampling(20))
-    async with aclosing(engine.stream(inputs, Sampling(12, logprobs=3))) as pieces:
+    beside = ask(engine, inputs, SamplingParams(20))
+    async with aclosing(engine.stream(inputs, SamplingParams(12, logprobs=3))) as pieces:
         got, _ = await asyncio.gather(_all(pieces), beside)
     chances = [chance for piece in got for chance in piece.chances]
     assert len(chances) == got[-1].tokens == 12
@@ -293,7 +300,7 @@ async def test_chances_are_told_where_asked(model: Any, engine: Generator) -> No
         assert chance.logprob == pytest.approx(row[chance.token].item(), abs=1e-4)
         assert [token for token, _ in chance.top] == row.topk(3).indices.tolist()
         assert chance.top[0] == (chance.token, chance.logprob)
-    async with aclosing(engine.stream(inputs, Sampling(3, logprobs=0), each=False)) as pieces:
+    async with aclosing(engine.stream(inputs, SamplingParams(3, logprobs=0), each=False)) as pieces:
         assert [len(chance.top) for piece in await _all(pieces) for chance in piece.chances] == [0, 0, 0]
 
 
@@ -306,7 +313,7 @@ async def test_an_engine_that_dies_says_so(model: Any, monkeypatch: pytest.Monke
     """What runs, what waits and what comes later: an error for each, in place of silence."""
     engine = Generator(model, Letters(), max_rows=2)  # type: ignore[arg-type]
     slowed(engine, monkeypatch)
-    running = [asyncio.create_task(ask(engine, prompt(5, 6), Sampling(1500))) for _ in range(4)]
+    running = [asyncio.create_task(ask(engine, prompt(5, 6), SamplingParams(1500))) for _ in range(4)]
     await until(lambda: engine._live is not None and len(engine._waiting) == 2)
 
     def dies(*_: Any) -> None:
@@ -318,14 +325,14 @@ async def test_an_engine_that_dies_says_so(model: Any, monkeypatch: pytest.Monke
     ends = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 10)
     assert [getattr(end, "code", end) for end in ends] == ["engine_died"] * len(running)
     with pytest.raises(JobError, match="being replaced"):
-        await asyncio.wait_for(ask(engine, prompt(5), Sampling(1)), 10)
+        await asyncio.wait_for(ask(engine, prompt(5), SamplingParams(1)), 10)
 
 
 async def test_sampling_is_seeded(engine: Generator) -> None:
     inputs = prompt(5, 6, 7)
 
     async def answer(**settings: Any) -> str:
-        return (await ask(engine, inputs, Sampling(30, **settings))).text
+        return (await ask(engine, inputs, SamplingParams(30, **settings))).text
 
     greedy = await answer()
     assert await answer(temperature=1.0, seed=1) == await answer(temperature=1.0, seed=1) != greedy
@@ -349,9 +356,9 @@ def test_choices_follow_the_distribution() -> None:
         ({"top_k": 3, "top_p": 0.83}, [0.625, 0.375, 0, 0]),  # of what top_k leaves, 0.84 come first
         ({"min_p": 0.2}, [10 / 19, 6 / 19, 3 / 19, 0]),
     ):
-        sampling = Sampling(1, 1.0, **settings)  # type: ignore[arg-type]
+        sampling = SamplingParams(1, 1.0, **settings)  # type: ignore[arg-type]
         row = SimpleNamespace(sampling=sampling, random=random.Random(0), over=False)
-        counts = torch.bincount(torch.tensor(choose(logits, [row] * draws)), minlength=4) / draws  # type: ignore[list-item]
+        counts = torch.bincount(torch.tensor(sample_next_tokens(logits, [row] * draws)), minlength=4) / draws  # type: ignore[list-item]
         # Four standard deviations of the largest share.
         assert torch.allclose(counts, torch.tensor(expected, dtype=torch.float), atol=0.032), counts
 
@@ -362,9 +369,9 @@ def test_a_temperature_of_almost_nothing_is_none() -> None:
 
     logits = torch.randn(50, generator=torch.manual_seed(0)).sort().values.repeat(3, 1)
     for temperature in (1e-300, 1e-45, 1e-38, 1e-7, 1e-5):
-        sampling = Sampling(1, temperature)
+        sampling = SamplingParams(1, temperature)
         rows = [SimpleNamespace(sampling=sampling, random=random.Random(i), over=False) for i in range(3)]
-        assert choose(logits, rows) == [49] * 3, temperature  # type: ignore[arg-type]
+        assert sample_next_tokens(logits, rows) == [49] * 3, temperature  # type: ignore[arg-type]
 
 
 def test_a_row_without_finite_logits_has_no_token() -> None:
@@ -373,9 +380,9 @@ def test_a_row_without_finite_logits_has_no_token() -> None:
 
     logits = torch.tensor([[float("nan")] * 4, [float("-inf")] * 4, [0.0, 9.0, 0.0, 0.0]])
     for temperature in (0.0, 0.8):
-        sampling = Sampling(1, temperature, top_k=2, top_p=0.9)
+        sampling = SamplingParams(1, temperature, top_k=2, top_p=0.9)
         rows = [SimpleNamespace(sampling=sampling, random=random.Random(0), over=False) for _ in range(3)]
-        assert choose(logits, rows) == [-1, -1, 1]  # type: ignore[arg-type]
+        assert sample_next_tokens(logits, rows) == [-1, -1, 1]  # type: ignore[arg-type]
 
 
 async def test_logits_that_are_no_numbers_fail_their_own_answer(engine: Generator, model: Any) -> None:
@@ -386,7 +393,7 @@ async def test_logits_that_are_no_numbers_fail_their_own_answer(engine: Generato
     whole, model.model.embed_tokens.weight = model.model.embed_tokens.weight, poison
     try:
         answers = await asyncio.gather(
-            *(ask(engine, prompt(*ids), Sampling(5, beams=beams))
+            *(ask(engine, prompt(*ids), SamplingParams(5, beams=beams))
               for beams in (1, 2) for ids in ((99, 5), (5, 6))),
             return_exceptions=True,
         )  # fmt: skip
@@ -404,9 +411,9 @@ async def test_a_newcomer_does_not_wait_for_the_others_ends(
 ) -> None:
     """The first answer has no end token, and takes a minute."""
     slowed(engine, monkeypatch)
-    first = asyncio.create_task(ask(engine, prompt(3), Sampling(1500, 1.0, seed=1)))
+    first = asyncio.create_task(ask(engine, prompt(3), SamplingParams(1500, 1.0, seed=1)))
     await until(lambda: engine._live is not None)
-    await ask(engine, prompt(4, 5), Sampling(5))
+    await ask(engine, prompt(4, 5), SamplingParams(5))
     assert not first.done()
     first.cancel()
 
@@ -415,14 +422,14 @@ async def test_leaving_frees_the_place(model: Any, monkeypatch: pytest.MonkeyPat
     """In the middle of an answer, and while waiting for one: with the token that is being made."""
     engine = Generator(model, Letters(), max_rows=1)  # type: ignore[arg-type]
     slowed(engine, monkeypatch)
-    running = asyncio.create_task(ask(engine, prompt(3), Sampling(1500, 1.0)))
-    waiting = asyncio.create_task(ask(engine, prompt(4), Sampling(1500, 1.0)))
+    running = asyncio.create_task(ask(engine, prompt(3), SamplingParams(1500, 1.0)))
+    waiting = asyncio.create_task(ask(engine, prompt(4), SamplingParams(1500, 1.0)))
     await until(lambda: engine._live is not None and len(engine._waiting) == 1)
     assert engine._live is not None
     rows = [*engine._live.rows, *engine._waiting]
     waiting.cancel()
     running.cancel()
-    await ask(engine, prompt(5), Sampling(1))
+    await ask(engine, prompt(5), SamplingParams(1))
     assert [row.over for row in rows] == [True, True]
     assert rows[0].left > 1000, "a minute's answer was left in less than 20 s"
     assert rows[1].left == 1500
@@ -445,7 +452,7 @@ async def test_whoever_waits_is_served(kind: str, model: Any) -> None:
 
 async def test_a_prompt_longer_than_the_budget_runs_alone(model: Any) -> None:
     engine = Generator(model, Letters(), budget=16)  # type: ignore[arg-type]
-    answers = await asyncio.gather(*(ask(engine, prompt(*range(2, 60)), Sampling(5)) for _ in range(3)))
+    answers = await asyncio.gather(*(ask(engine, prompt(*range(2, 60)), SamplingParams(5)) for _ in range(3)))
     assert len(set(answers)) == 1
     engine.close()
 
@@ -455,10 +462,10 @@ async def test_a_prompt_longer_than_the_budget_runs_alone(model: Any) -> None:
 
 async def test_a_prompt_that_breaks_the_model_fails_alone(engine: Generator) -> None:
     asked = [prompt(5 + number, 6) for number in range(8)]
-    alone = [await ask(engine, inputs, Sampling(9)) for inputs in asked]
+    alone = [await ask(engine, inputs, SamplingParams(9)) for inputs in asked]
     asked[3] = prompt(4000, 6)  # no such token
     answers = await asyncio.gather(
-        *(ask(engine, inputs, Sampling(9)) for inputs in asked), return_exceptions=True
+        *(ask(engine, inputs, SamplingParams(9)) for inputs in asked), return_exceptions=True
     )
     assert isinstance(answers[3], IndexError)
     assert answers[:3] + answers[4:] == alone[:3] + alone[4:]
@@ -475,7 +482,7 @@ async def test_answers_survive_that_memory_runs_out(
     model = tiny_llama()
     engine = Generator(model, Letters())  # type: ignore[arg-type]
     engine._joins = kind == "joining"
-    asked = [(inputs, Sampling(20, 1.0, seed=seed)) for seed, (inputs, _) in enumerate(mixed(8))]
+    asked = [(inputs, SamplingParams(20, 1.0, seed=seed)) for seed, (inputs, _) in enumerate(mixed(8))]
     alone = [await ask(engine, *each) for each in asked]
     whole, failures, calls = model.forward, 0, 0
 
@@ -508,9 +515,9 @@ async def test_a_lone_answer_without_memory_is_an_error(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(model, "forward", forward)
     with pytest.raises(torch.OutOfMemoryError):
-        await ask(engine, prompt(5, 6), Sampling(5))
+        await ask(engine, prompt(5, 6), SamplingParams(5))
     monkeypatch.undo()
-    assert await ask(engine, prompt(5, 6), Sampling(5)), "the engine goes on"
+    assert await ask(engine, prompt(5, 6), SamplingParams(5)), "the engine goes on"
     engine.close()
 
 
@@ -533,7 +540,7 @@ async def test_a_closed_engine_answers_nobody_and_keeps_nobody_waiting(model: An
     engine = Generator(model, Letters())  # type: ignore[arg-type]
 
     async def read() -> None:
-        async for _ in engine.stream(prompt(5, 6, 7), Sampling(max_tokens=1500)):
+        async for _ in engine.stream(prompt(5, 6, 7), SamplingParams(max_tokens=1500)):
             started.set()
 
     started = asyncio.Event()

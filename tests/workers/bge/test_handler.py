@@ -543,7 +543,7 @@ async def test_jobs_run_together_within_the_budget(
     use: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     for module in (worker, embeddings):
-        monkeypatch.setattr(module, "cpu_lanes", lambda _: 2)
+        monkeypatch.setattr(module, "parallel_batches", lambda _: 2)
     engine = use(name, max_batch_tokens=100)
     watch = Watch(engine.model, monkeypatch)
     texts = [" ".join(["panda"] * (1 + 7 * i % 30)) for i in range(40)] + [LONG]

@@ -21,7 +21,7 @@ import requests
 from local import Platform, running
 from shared import generation, jobs
 from shared.errors import JobError
-from shared.generation import choose
+from shared.generation import sample_next_tokens
 from tools import tiny_causal
 from tools.models import local_env
 from tools.workers import load_handler
@@ -296,9 +296,9 @@ async def test_a_stream_is_the_plain_answer_in_pieces(
 
     def held(logits: Any, rows: Any) -> list[int]:
         assert len(rows[0].tokens) < 30 or came.wait(60)
-        return choose(logits, rows)
+        return sample_next_tokens(logits, rows)
 
-    monkeypatch.setattr(generation, "choose", held)
+    monkeypatch.setattr(generation, "sample_next_tokens", held)
     pieces = []
     async for piece in family.handler({"id": "job-1", "input": {**asked, "stream": True}}):
         came.set()

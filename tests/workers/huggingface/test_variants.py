@@ -17,7 +17,7 @@ import pytest
 from local import running
 from shared import jobs
 from shared.errors import JobError, StartError
-from shared.generation import Generator, Sampling, _layers
+from shared.generation import Generator, SamplingParams, _layers
 from tools import tiny_causal
 from tools.models import local_env
 from tools.workers import load_handler
@@ -412,7 +412,7 @@ async def test_a_model_in_several_places(tmp_path: Path) -> None:
 
     async def ask(prompt: str) -> str:
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        async with aclosing(generator.stream(inputs, Sampling(24), each=False)) as pieces:
+        async with aclosing(generator.stream(inputs, SamplingParams(24), each=False)) as pieces:
             return (await anext(pieces)).text
 
     assert await asyncio.gather(*map(ask, PROMPTS)) == [generated(whole, tokenizer, it) for it in PROMPTS]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from shared.generation import Generator, Sampling, joins
+from shared.generation import Generator, SamplingParams, joins
 from tools.tiny_llava import processor
 
 pytestmark = pytest.mark.engine
@@ -212,7 +212,7 @@ async def test_answers_are_those_of_generate(
             for _ in range((1, 1, 2, 0)[number % 4])
         ]
         question = "".join(draw.choice("abc de ") for _ in range(draw.randrange(1, 30)))
-        sampling = Sampling(draw.randrange(5, 40), (0.0, 0.0, 1.0)[number % 3], seed=number)
+        sampling = SamplingParams(draw.randrange(5, 40), (0.0, 0.0, 1.0)[number % 3], seed=number)
         asked.append((dict(read(pictures, question)), sampling))
 
     async def ask(number: int, after: float = 0.0) -> tuple[str, int]:

@@ -21,7 +21,7 @@ from openai import OpenAI
 
 from local import Platform, running
 from shared import jobs
-from shared.embeddings import Encoder, shape, shortest, written
+from shared.embeddings import Encoder, shape, shortest, encode_vectors
 from shared.errors import JobError
 from tools.models import local_env, minilm
 from tools.workers import ROOT, load_handler
@@ -370,7 +370,7 @@ async def test_prompts_of_the_model_are_its_defaults_and_its_names(tmp_path: Pat
     assert encoder.prompt_for(None, "document") == ""
     texts = encoder.tokenize(["a", "some more words"], prompt="find: ", truncate=True, param="texts")
     expected = model.encode(["a", "some more words"], normalize_embeddings=True)
-    rows = shape(await encoder.encode(texts), dimensions=None, normalize=True)
+    rows = truncate_and_normalize(await encoder.encode(texts), dimensions=None, normalize=True)
     np.testing.assert_allclose(rows, expected, atol=1e-5)
 
 
@@ -380,7 +380,7 @@ async def test_prompts_of_the_model_are_its_defaults_and_its_names(tmp_path: Pat
 def test_floats_are_printed_in_their_shortest_form() -> None:
     values = np.random.default_rng(0).normal(0, 0.05, 2000).astype(np.float32)
     values[:7] = [0, 1, -0.5, 1e-12, 3.0e8, 0.1, -1.3213707e-32]
-    printed = [json.dumps(value) for value in shortest(values).tolist()]
+    printed = [json.dumps(value) for value in shortest_decimals(values).tolist()]
     for value, text in zip(values, printed, strict=True):
         assert np.float32(float(text)) == value
         assert float(text) == float(str(value)), "numpy's own shortest form"
@@ -388,9 +388,9 @@ def test_floats_are_printed_in_their_shortest_form() -> None:
 
 def test_what_is_not_finite_stays_so_for_the_boundary_to_refuse() -> None:
     rows = np.array([[np.nan, np.inf, 1.0]], np.float32)
-    assert written(rows, "float")[0][2] == 1.0
+    assert encode_vectors(rows, "float")[0][2] == 1.0
     with pytest.raises(JobError, match="not finite"):
-        jobs.plain({"embeddings": written(rows, "float")})
+        jobs.plain({"embeddings": encode_vectors(rows, "float")})
 
 
 # ---- under the local platform, with the unmodified SDK -------------------------------------------------

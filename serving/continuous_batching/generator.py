@@ -2,13 +2,14 @@
 
     engine = Generator(model, tokenizer)
     inputs = tokenizer("...", return_tensors="pt")            # or what a processor makes of texts and images
-    async with aclosing(engine.stream(inputs, Sampling(max_tokens=64))) as pieces:
+    async with aclosing(engine.stream(inputs, SamplingParams(max_tokens=64))) as pieces:
         async for piece in pieces: ...
 
 One thread runs the model, one token for all rows at a time; a row is one job's answer. Rows come and go at
 every token: a newcomer's prompt is read while the others wait, and its part of the cache is put beside
 theirs, so that it does not wait for their ends. That is exact where rows share nothing but the batch, which
-`joins` finds out; with any other model those that wait run together through `generate`, from start to end.
+`supports_joining_batches` finds out; with any other model those that wait run together through `generate`,
+from start to end.
 
 Each row has its own sampling, random numbers, end and stop strings, whatever runs beside it. In float32 it
 gets the tokens that it would get alone; in bfloat16 and float16 a batch may round otherwise than a lone row.
@@ -24,64 +25,36 @@ import asyncio
 import copy
 import inspect
 import random
-import re
 import threading
 import time
 import traceback
-from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
-from shared.errors import JobError
-from shared.jobs import empty_cache, engine_stopped, is_cuda_broken, is_out_of_memory
+import torch
+from torch.nn.functional import pad
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+
+from serving.continuous_batching.detokenizer import Detokenizer, StopStrings
+from serving.continuous_batching.kv_cache import (
+    DecodeBatch,
+    cache_budget,
+    input_device,
+    preallocated_cache,
+    supports_joining_batches,
+)
+from serving.continuous_batching.sampling import Logprob, SamplingParams, sample_next_tokens
+from shared.device import empty_cache, is_cuda_broken, is_out_of_memory
+from shared.errors import JobError, engine_died, not_finite
 from shared.logs import log
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 FinishReason = Literal["stop", "length"]
-
-LEAST_TEMPERATURE = 1e-5  # float32 cannot hold what the logits become below
-CPU_BUDGET = 32768  # tokens in the cache; on a GPU it is what the free memory holds
 PREFILL_TOKENS = 8192  # of prompts read at once: rows that stream wait meanwhile
-ROOM = 64  # columns by which the cache grows
 # What has a column for each token of a prompt. Everything else is joined along its first dimension.
 _BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How one answer is made. temperature 0: always the likeliest token. seed None: never the same twice.
-
-    top_k 0 and min_p 0: off. repetition_penalty None: the model's own. logprobs: how many of the likeliest
-    tokens are told beside each one; None: not even its own chance. beams: with more than one, the likeliest
-    answer that a beam search of this width finds, all at once; of the rest only `max_tokens`, `stop` and
-    `repetition_penalty` then count.
-    """
-
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float | None = None
-    logprobs: int | None = None
-    beams: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Chance:
-    """A token of an answer, the logarithm of its chance before sampling, and the likeliest in its place."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,96 +62,19 @@ class Piece:
     """What has come since the last piece; the one with a finish_reason is the last.
 
     tokens: how many the model has made for this answer so far, the one that ended it included.
-    chances: of the new tokens, where `Sampling.logprobs` asks for them.
+    chances: of the new tokens, where `SamplingParams.logprobs` asks for them.
     """
 
     text: str
     tokens: int
     finish_reason: FinishReason | None = None
-    chances: tuple[Chance, ...] = ()
-
-
-# ---- text ----------------------------------------------------------------------------------------------
-
-
-class Detokenizer:
-    """Token ids to text as they come. What it gave, put together, is `decode` of all ids at once."""
-
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
-        self._decode = decode
-        self._ids: list[int] = []  # from a little before what is still open: a decoder may look back
-        self._start = 0  # index of the first open id
-        self._context = ""  # text of the ids before it
-        self._given = 0  # how many characters of the open ids' text are out
-
-    def feed(self, ids: Sequence[int], *, last: bool = False) -> str:
-        """The text that is certain now. A character whose bytes are not all there waits, until `last`."""
-        self._ids += ids
-        text = self._decode(self._ids)[len(self._context) :]
-        certain = text if last else text.rstrip("\ufffd")
-        new = certain[self._given :]
-        self._given = max(self._given, len(certain))
-        if new and len(certain) == len(text):
-            self._ids = self._ids[self._start :]
-            self._start, self._context, self._given = len(self._ids), self._decode(self._ids), 0
-        return new
-
-
-class StopStrings:
-    """Cuts a text before the stop string that ends first in it; gives out nothing that may be part of one.
-
-    How the text is cut into pieces makes no difference to what is given out in all.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = stops
-        self._held = ""
-
-    def feed(self, text: str) -> tuple[str, bool]:
-        """What of the text so far may go out, and whether a stop string was found."""
-        held = self._held + text
-        ends = [(at + len(stop), -len(stop)) for stop in self._stops if (at := held.find(stop)) >= 0]
-        if ends:
-            end, minus_length = min(ends)
-            self._held = ""
-            return held[: end + minus_length], True
-        keep = max((_overlap(held, stop) for stop in self._stops), default=0)
-        self._held = held[len(held) - keep :]
-        return held[: len(held) - keep], False
-
-    def rest(self) -> str:
-        """What was held back, when no more text comes."""
-        return self._held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many of the last characters of `text` are the beginning of `stop`."""
-    sizes = range(min(len(text), len(stop) - 1), 0, -1)
-    return next((size for size in sizes if text.endswith(stop[:size])), 0)
-
-
-# ---- one answer ----------------------------------------------------------------------------------------
-
-
-class Sampled(Protocol):
-    """What `choose` and `Batch` need of a row. `inputs` has its prompt as `input_ids`, for penalties."""
-
-    inputs: Mapping[str, Any]
-    sampling: Sampling
-    random: random.Random
-    tokens: list[int]
-    over: bool
-    seen: torch.Tensor | None
-    chances: list[Chance]
-
-
-Row = TypeVar("Row", bound=Sampled)
+    chances: tuple[Logprob, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
 class _Row:
     inputs: Mapping[str, Any]
-    sampling: Sampling
+    sampling: SamplingParams
     each: bool  # tell every token, not only the end
     loop: asyncio.AbstractEventLoop
     news: asyncio.Queue[tuple[list[int], FinishReason | Exception | None]]
@@ -190,7 +86,7 @@ class _Row:
     told: int = 0
     over: bool = False  # ended, or nobody waits for it
     seen: torch.Tensor | None = None  # True for each token of the text so far, where a penalty asks for it
-    chances: list[Chance] = field(default_factory=list)
+    chances: list[Logprob] = field(default_factory=list)
 
     @property
     def length(self) -> int:
@@ -208,7 +104,7 @@ class _Row:
         if self.over:
             return
         if token < 0:
-            return self.tell(_not_finite())
+            return self.tell(not_finite("Try another DTYPE, such as bfloat16 or float32."))
         self.tokens.append(token)
         end: FinishReason | None = "stop" if token in ends else "length" if not self.left else None
         if end or self.each:
@@ -223,21 +119,13 @@ class _Row:
             self.over = True
 
 
-def _not_finite() -> JobError:
-    return JobError(
-        "The model gave numbers that are not finite. Try another DTYPE, such as bfloat16 or float32.",
-        code="not_finite",
-        type="server_error",
-    )
-
-
 def _check_device(error: Exception) -> None:
     """Raise `error` if it is one after which a GPU does nothing more in this process."""
     if is_cuda_broken(error):
         raise error
 
 
-def _key(inputs: Mapping[str, Any], sampling: Sampling) -> Hashable:
+def _key(inputs: Mapping[str, Any], sampling: SamplingParams) -> Hashable:
     """Prompts may be read together where this is equal: nothing of them then needs padding but the tokens.
 
     Nor those, where generate() takes a penalty for them.
@@ -255,227 +143,6 @@ def _key(inputs: Mapping[str, Any], sampling: Sampling) -> Hashable:
 
 class _Closed(BaseException):
     """Ends the engine's thread from wherever it is."""
-
-
-def choose(logits: torch.Tensor, rows: Sequence[Sampled]) -> list[int]:
-    """The next token of each row: the likeliest, or one drawn with the row's own random number.
-
-    A row whose logits are not finite gets -1.
-    """
-    import torch
-
-    raw, logits = logits, _penalised(logits, rows)
-    best, tokens = logits.max(dim=-1)
-    drawn = [
-        i for i, row in enumerate(rows) if row.sampling.temperature >= LEAST_TEMPERATURE and not row.over
-    ]
-    if drawn:
-        settings = [
-            (it.temperature, it.top_p, it.min_p, it.top_k or logits.shape[-1], rows[i].random.random())
-            for i, it in ((i, rows[i].sampling) for i in drawn)
-        ]
-        temperature, top_p, min_p, top_k, number = torch.tensor(settings, device=logits.device).split(1, 1)
-        width = min(logits.shape[-1], max(int(setting[3]) for setting in settings))
-        scores, order = (logits[drawn].float() / temperature).topk(width, dim=-1)
-        places = torch.arange(width, device=logits.device)
-        chances = scores.masked_fill(places >= top_k, -torch.inf).softmax(dim=-1)
-        before = chances.cumsum(dim=-1) - chances
-        # The likeliest always stays.
-        chances = chances.masked_fill((before >= top_p) | (chances < min_p * chances[:, :1]), 0.0)
-        reached = chances.cumsum(dim=-1)
-        at = (reached <= number * reached[:, -1:]).sum(dim=-1, keepdim=True)
-        last = (chances > 0).sum(dim=-1, keepdim=True) - 1
-        tokens[drawn] = order.gather(1, at.minimum(last).clamp(min=0)).squeeze(
-            1
-        )  # no chance at all: not finite
-    tokens = tokens.masked_fill(~best.isfinite(), -1)
-    told = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None and not row.over]
-    if told:
-        _tell_chances(raw[told].float().log_softmax(dim=-1), tokens[told], [rows[i] for i in told])
-    return tokens.tolist()  # type: ignore[no-any-return]
-
-
-def _penalised(logits: torch.Tensor, rows: Sequence[Sampled]) -> torch.Tensor:
-    """`logits` less what each row's repetition_penalty takes from the tokens that its text has."""
-    import torch
-
-    asked = [i for i, row in enumerate(rows) if (row.sampling.repetition_penalty or 1.0) != 1.0]
-    if not asked:
-        return logits
-    for row in (rows[i] for i in asked):
-        if row.seen is None:
-            row.seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-            row.seen[row.inputs["input_ids"][0].to(logits.device)] = True
-            row.seen[row.tokens] = True
-        elif row.tokens:
-            row.seen[row.tokens[-1]] = True
-    seen = torch.stack([row.seen for row in (rows[i] for i in asked) if row.seen is not None])
-    penalty = torch.tensor([[rows[i].sampling.repetition_penalty] for i in asked], device=logits.device)
-    plain = logits[asked].float()
-    lower = torch.where(plain < 0, plain * penalty, plain / penalty)
-    logits = logits.float().clone()
-    logits[asked] = torch.where(seen, lower, plain)
-    return logits
-
-
-def _tell_chances(logprobs: torch.Tensor, tokens: torch.Tensor, rows: Sequence[Sampled]) -> None:
-    own = logprobs.gather(1, tokens.clamp(min=0)[:, None]).squeeze(1).tolist()
-    most = min(max(row.sampling.logprobs or 0 for row in rows), logprobs.shape[-1])
-    values, ids = (found.tolist() for found in logprobs.topk(most, dim=-1))
-    for row, token, logprob, top, beside in zip(rows, tokens.tolist(), own, values, ids, strict=True):
-        pairs = tuple(zip(beside, top, strict=True))[: row.sampling.logprobs]
-        row.chances.append(Chance(token, logprob, pairs))
-
-
-# ---- the engine ----------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True, eq=False)
-class Batch(Generic[Row]):
-    """The rows that are being answered. `mask` has a column for each token in the cache."""
-
-    rows: list[Row]
-    cache: Any
-    mask: torch.Tensor
-    tokens: torch.Tensor  # the last ones, which are not in the cache yet
-
-    def keep(self, indices: list[int]) -> None:
-        """Drop the other rows, and the columns on the left that are then empty."""
-        mask = self.mask[indices]
-        empty = int(mask.any(dim=0).int().argmax())
-        self.mask, self.tokens = mask[:, empty:], self.tokens[indices]
-        self.rows = [self.rows[i] for i in indices]
-        for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[indices, :, empty:], layer.values[indices, :, empty:]
-
-    def join(self, other: Batch[Row]) -> None:
-        import torch
-        from torch.nn.functional import pad
-
-        width = max(self.mask.shape[1], other.mask.shape[1])
-
-        def joined(ours: torch.Tensor, theirs: torch.Tensor, dim: int) -> torch.Tensor:
-            sides = [0, 0] * (ours.dim() - 1 - dim)
-            parts = [pad(part, (*sides, width - part.shape[dim], 0)) for part in (ours, theirs)]
-            return torch.cat(parts)
-
-        self.rows += other.rows
-        self.mask = joined(self.mask, other.mask, 1)
-        self.tokens = torch.cat([self.tokens, other.tokens])
-        for ours, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
-            ours.keys, ours.values = joined(ours.keys, theirs.keys, 2), joined(ours.values, theirs.values, 2)
-
-
-@cache
-def _roomy_layer() -> type[Any]:
-    from transformers.cache_utils import DynamicLayer
-
-    class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-        """Grows in place, ROOM columns at a time; transformers' own is copied for every token."""
-
-        keys: Any
-        values: Any
-        space: tuple[torch.Tensor, ...] = ()
-        view: torch.Tensor | None = None  # of the space; `keys` is another tensor when rows came or went
-
-        def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> Any:
-            if not self.is_initialized:
-                self.lazy_initialization(keys, values)
-            begin = self.get_seq_length()
-            end = begin + keys.shape[2]
-            if self.view is not self.keys or end > self.space[0].shape[2]:
-                sizes = [(*new.shape[:2], end + ROOM, new.shape[3]) for new in (keys, values)]
-                self.space = tuple(keys.new_empty(size) for size in sizes)
-                if begin:
-                    self.space[0][:, :, :begin], self.space[1][:, :, :begin] = self.keys, self.values
-            self.space[0][:, :, begin:end], self.space[1][:, :, begin:end] = keys, values
-            self.keys, self.values = (space[:, :, :end] for space in self.space)
-            self.view = self.keys
-            return self.keys, self.values
-
-    return RoomyLayer
-
-
-def roomy_cache(model: PreTrainedModel) -> Any:
-    """An empty cache for `model` that grows in place."""
-    from transformers import DynamicCache
-
-    made = DynamicCache(config=model.config)
-    made.layers = [_roomy_layer()() for _ in made.layers]
-    return made
-
-
-def joins(model: PreTrainedModel) -> bool:
-    """Whether rows of this model may be put beside others in the middle of their answers.
-
-    They may where a step needs no more than the tokens, their places and a cache with a column for each:
-    where the class prepares its inputs as transformers does by default, no layer has a window or a state, and
-    the checkpoint asks for no changes to the logits that look back over the text.
-    """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-    from transformers.generation.utils import GenerationMixin
-
-    prepares = (
-        "prepare_inputs_for_generation",
-        "_update_model_kwargs_for_generation",
-        "_prepare_position_ids_for_generation",
-    )
-    default = all(getattr(type(model), name) is getattr(GenerationMixin, name) for name in prepares)
-    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
-    plain = plain and not getattr(model.config.get_text_config(decoder=True), "num_kv_shared_layers", 0)
-    changes = {
-        name
-        for name, value in model.generation_config.to_dict().items()
-        if value not in (None, 0, 1, [], {})  # 0 and 1, False and True among them, are what changes nothing
-        and not name.startswith(("_", "max_"))
-        and not name.endswith("_token_id")
-    }
-    sampling = {"temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty"}
-    sampling.add("transformers_version")
-    return default and plain and changes <= sampling
-
-
-def cache_budget(model: PreTrainedModel, share: float = 0.7) -> int:
-    """How many tokens' keys and values fit into `share` of the GPUs' free memory; CPU_BUDGET on a CPU.
-
-    A layer's are where the layer runs: of several GPUs, the one with the least room for its layers decides.
-    """
-    import torch
-
-    config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_layer = 2 * heads * size * model.dtype.itemsize
-    budgets = [
-        int(torch.cuda.mem_get_info(device)[0] * share // (layers * per_layer))
-        for device, layers in _layers(model, config.num_hidden_layers).items()
-        if device.type == "cuda"
-    ]
-    return max(1, min(budgets, default=CPU_BUDGET))
-
-
-def _layers(model: PreTrainedModel, count: int) -> Counter[torch.device]:
-    """How many of the model's `count` layers run on each device; offloaded ones run on the first."""
-    placed: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
-    # A layer's name ends with its number; what several are in has no number, and then all are on one device.
-    layers = [where for name, where in placed.items() if re.search(r"\.\d+$", name)]
-    gpus = [where for where in placed.values() if where not in ("cpu", "disk")]
-    main = _device(gpus[0]) if gpus else input_device(model)
-    return Counter(_device(it) if it in gpus else main for it in layers) or Counter({main: count})
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a model takes its tokens. accelerate may have its parts on several devices, or on a disk."""
-    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return model.device if device is None else _device(device)
-
-
-def _device(name: int | str | torch.device) -> torch.device:
-    import torch
-
-    return torch.device("cuda", name) if isinstance(name, int) else torch.device(name)
 
 
 class Generator:
@@ -507,7 +174,7 @@ class Generator:
         self._ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
         self._pad: int = next((i for i in (tokenizer.pad_token_id, *self._ends) if i is not None), 0)
         self._max_rows, self._budget = max_rows, budget or cache_budget(model)
-        self._joins = joins(model)
+        self._joins = supports_joining_batches(model)
         self._penalty: float = model.generation_config.repetition_penalty or 1.0
         self._dead: Exception | None = None
         self._last_only = (
@@ -517,7 +184,7 @@ class Generator:
         self._waiting: deque[_Row] = deque()
         self._owed = 0.0  # seconds of steps that come before the next prompts
         self._taken: list[_Row] = []  # out of the queue, and not in the batch yet
-        self._live: Batch[_Row] | None = None
+        self._live: DecodeBatch[_Row] | None = None
         threading.Thread(target=self._work, name="engine", daemon=True).start()
 
     # -- for the event loop
@@ -549,7 +216,7 @@ class Generator:
     async def stream(
         self,
         inputs: Mapping[str, Any],
-        sampling: Sampling,
+        sampling: SamplingParams,
         *,
         each: bool = True,
         adapter: str | None = None,
@@ -609,7 +276,8 @@ class Generator:
         except _Closed:
             pass
         except BaseException as error:
-            end = engine_stopped(error)
+            log.critical("the engine stopped", exc_info=error)
+            end = engine_died(error)
         # Who comes later finds _dead: it is set before the queue is read for the last time.
         self._dead = end
         rows = [*(self._live.rows if self._live else ()), *self._taken, *self._waiting]
@@ -620,8 +288,6 @@ class Generator:
                 row.tell(end)
 
     def _run(self) -> None:
-        import torch
-
         with torch.inference_mode():
             while True:
                 self._turn()
@@ -725,9 +391,6 @@ class Generator:
 
     def _collate(self, rows: list[_Row]) -> dict[str, Any]:
         """One model input of the rows' prompts and what they have been answered, padded on the left."""
-        import torch
-        from torch.nn.functional import pad
-
         width = max(row.length for row in rows)
         inputs: dict[str, Any] = {}
         for name, first in rows[0].inputs.items():
@@ -751,8 +414,6 @@ class Generator:
             self._use_adapters([row.adapter for row in rows])
 
     def _prefill(self, rows: list[_Row]) -> None:
-        import torch
-
         self._adapt(rows)
         inputs = self._collate(rows)
         mask = inputs.get("attention_mask")
@@ -760,19 +421,17 @@ class Generator:
             mask = torch.ones_like(inputs["input_ids"])
         places = (mask.long().cumsum(-1) - 1).clamp(min=0)
         output = self.model(
-            **inputs, position_ids=places, past_key_values=roomy_cache(self.model), use_cache=True,
+            **inputs, position_ids=places, past_key_values=preallocated_cache(self.model), use_cache=True,
             **self._last_only,
         )  # fmt: skip
-        batch = Batch(rows, output.past_key_values, mask, inputs["input_ids"][:, :0])
+        batch = DecodeBatch(rows, output.past_key_values, mask, inputs["input_ids"][:, :0])
         if self._settle(batch, output.logits[:, -1]):
             if self._live:
                 self._live.join(batch)
             else:
                 self._live = batch
 
-    def _step(self, batch: Batch[_Row]) -> None:
-        import torch
-
+    def _step(self, batch: DecodeBatch[_Row]) -> None:
         self._adapt(batch.rows)
         mask = torch.cat([batch.mask, torch.ones_like(batch.mask[:, :1])], dim=1)
         places = mask.sum(dim=1, keepdim=True) - 1
@@ -784,11 +443,9 @@ class Generator:
         if not self._settle(batch, output.logits[:, -1]):
             self._live = None
 
-    def _settle(self, batch: Batch[_Row], logits: torch.Tensor) -> bool:
+    def _settle(self, batch: DecodeBatch[_Row], logits: torch.Tensor) -> bool:
         """Give each row its token and drop those that are over; False when none is left."""
-        import torch
-
-        tokens = choose(logits, batch.rows)
+        tokens = sample_next_tokens(logits, batch.rows)
         batch.tokens = torch.tensor(tokens, device=self._device)[:, None]
         for row, token in zip(batch.rows, tokens, strict=True):
             row.take(token, self._ends)
@@ -808,16 +465,13 @@ class Generator:
 
     def _search(self, rows: list[_Row]) -> None:
         """Answer `rows`, which have one number of beams, from start to end. Meanwhile the others go on."""
-        import torch
-        from transformers import LogitsProcessorList, StoppingCriteriaList
-
         inputs = self._collate(rows)
         width = inputs["input_ids"].shape[1]
 
         def check(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             wrong = scores.isnan().any(dim=-1).reshape(len(rows), -1).any(dim=-1).tolist()
             for row in (row for row, is_wrong in zip(rows, wrong, strict=True) if is_wrong and not row.over):
-                row.tell(_not_finite())
+                row.tell(not_finite("Try another DTYPE, such as bfloat16 or float32."))
             return scores
 
         def over(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -842,13 +496,10 @@ class Generator:
 
     def _generate(self, rows: list[_Row]) -> None:
         """Answer `rows` from start to end. Meanwhile nobody joins them, and who leaves leaves a gap."""
-        import torch
-        from transformers import LogitsProcessorList, StoppingCriteriaList
-
         self._adapt(rows)
 
         def draw(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            tokens = choose(scores, rows)
+            tokens = sample_next_tokens(scores, rows)
             for row, token in zip(rows, tokens, strict=True):
                 row.take(token, self._ends)
             chosen = torch.tensor(tokens, device=scores.device)[:, None].clamp(min=0)

@@ -1,10 +1,10 @@
 """Jobs that wait together run together.
 
-    batcher = Batcher(encode, budget=1024, length=len)   # encode: list of token lists -> list of vectors
-    vectors = await batcher.submit(token_lists)          # in the order of the items
+    batcher = DynamicBatcher(encode, budget=1024, length=len)  # encode: list of token ids -> list of vectors
+    vectors = await batcher.submit(token_ids)  # in the order of the items
 
 No timers: an idle engine starts on the loop's next turn with what came in this one; while it runs, items
-gather, and the next batch is formed at the moment the engine is free. With several lanes the engine is free
+gather, and the next batch is formed at the moment the engine is free. With several threads the engine is free
 while fewer batches than that are running.
 
 Packing. A batch holds items of one key and costs what its padded form holds: longest item times number of
@@ -65,7 +65,7 @@ def constant(item: object) -> Hashable:
     return None
 
 
-class Batcher(Generic[Item, Result]):
+class DynamicBatcher(Generic[Item, Result]):
     """Collects the items of concurrent submit() calls into batches and runs them on threads of its own.
 
     run: called on that thread with items of one key; returns one result for each, in their order.
@@ -73,7 +73,7 @@ class Batcher(Generic[Item, Result]):
     length: what an item costs alone; below 1 counts as 1.
     key: items share a batch only where their keys are equal (sampling parameters, task).
     max_items: the most items in a batch whatever they cost; None: no such limit.
-    window: how many budgets of one submit() may be in the queue at once. lanes: how many batches may run at
+    window: how many budgets of one submit() may be in the queue at once. threads: how many batches may run at
     a time, each on a thread; `running` says how many do. name: the threads'.
 
     Each submit() uses the running event loop; another loop may follow when the last has closed or nothing
@@ -89,17 +89,17 @@ class Batcher(Generic[Item, Result]):
         key: Callable[[Item], Hashable] = constant,
         max_items: int | None = None,
         window: int = 4,
-        lanes: int = 1,
+        threads: int = 1,
         name: str = "engine",
     ) -> None:
         self._max_items = budget if max_items is None else min(max_items, budget)
-        if min(budget, self._max_items, window, lanes) < 1:
-            raise ValueError("budget, max_items, window and lanes must be at least 1")
+        if min(budget, self._max_items, window, threads) < 1:
+            raise ValueError("budget, max_items, window and threads must be at least 1")
         self._run, self._length, self._key = run, length, key
         self._budget, self._window = budget, window * budget
         # A thread each, the first free one first: one that rests has lost what it needs at hand.
-        self._lanes = [ThreadPoolExecutor(1, thread_name_prefix=f"{name}-{lane}") for lane in range(lanes)]
-        self._free = list(range(lanes))
+        self._threads = [ThreadPoolExecutor(1, thread_name_prefix=f"{name}-{i}") for i in range(threads)]
+        self._free = list(range(threads))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: list[_Entry] = []
         self._halves: list[list[_Entry]] = []
@@ -134,8 +134,8 @@ class Batcher(Generic[Item, Result]):
     def close(self) -> None:
         """Fail what waits and let the threads end; items that run are still answered."""
         self._closed = True
-        for lane in self._lanes:
-            lane.shutdown(wait=False)
+        for thread in self._threads:
+            thread.shutdown(wait=False)
         self._drop()
 
     def _bind(self) -> asyncio.AbstractEventLoop:
@@ -146,7 +146,7 @@ class Batcher(Generic[Item, Result]):
             if (self.running or self._due) and self._loop and not self._loop.is_closed():
                 raise RuntimeError("the batcher is in use on another event loop")
             self._loop, self._waiting, self._halves = loop, [], []
-            self.running, self._due, self._free = 0, False, list(range(len(self._lanes)))
+            self.running, self._due, self._free = 0, False, list(range(len(self._threads)))
         return loop
 
     def _feed(self, job: _Job) -> None:
@@ -163,15 +163,15 @@ class Batcher(Generic[Item, Result]):
         self._waiting, self._halves = [], []
 
     def _next(self) -> None:
-        """Hand each free lane its next batch."""
+        """Hand each free thread its next batch."""
         self._due = False
         if self._closed:
             return self._drop()
         while self._free and (batch := self._again() or self._form()):
             self.running += 1
-            lane = min(self._free)
-            self._free.remove(lane)
-            self._lanes[lane].submit(self._work, batch, lane)
+            thread = min(self._free)
+            self._free.remove(thread)
+            self._threads[thread].submit(self._work, batch, thread)
 
     def _again(self) -> list[_Entry]:
         """Take the next half of a batch that has failed; empty if none is left."""
@@ -194,7 +194,7 @@ class Batcher(Generic[Item, Result]):
         self._formed += 1
         return batch
 
-    def _work(self, batch: list[_Entry], lane: int) -> None:
+    def _work(self, batch: list[_Entry], thread: int) -> None:
         """On an engine thread. Every way out reports to the loop: no job may wait for ever."""
         outcome: list[Result] | BaseException
         try:
@@ -206,12 +206,12 @@ class Batcher(Generic[Item, Result]):
                 with contextlib.suppress(Exception):
                     torch.cuda.empty_cache()
         with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits
-            batch[0].job.done.get_loop().call_soon_threadsafe(self._settle, batch, lane, outcome)
+            batch[0].job.done.get_loop().call_soon_threadsafe(self._settle, batch, thread, outcome)
 
-    def _settle(self, batch: list[_Entry], lane: int, outcome: list[Result] | BaseException) -> None:
+    def _settle(self, batch: list[_Entry], thread: int, outcome: list[Result] | BaseException) -> None:
         """Answer what has run, or split what has failed, and go on."""
         self.running -= 1
-        self._free.append(lane)
+        self._free.append(thread)
         if isinstance(outcome, Exception) and len(batch) > 1:
             half = len(batch) // 2
             self._halves += [batch[half:], batch[:half]]

@@ -1,136 +1,33 @@
 """Sentence embeddings across jobs, for the workers whose models sentence-transformers loads.
 
-    encoder = load_encoder(settings, prewarm.resolve(settings, "BAAI/bge-large-en-v1.5"), budget=None)
-    texts, rows = await encoder.embed(["a", "b"], prompt="", param="texts", ...)
-
-`EmbedRequest` is what these workers take; `answer` and `answer_openai` are all that they need to serve it.
-What those are made of is public too, for rerankers and the like.
+encoder = load_encoder(path, device="auto", dtype="auto")
+texts, vectors = await encoder.embed(["a", "b"], prompt="", param="texts", ...)
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, Field, field_validator
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
 
-from shared import openai_api, prewarm
-from shared.batching import Batcher
-from shared.errors import JobError
-from shared.hardware import cpu_lanes, pick_device, share_cores
-from shared.jobs import Request, check_size, current_job, not_finite
-from shared.settings import WorkerSettings
-from shared.volume import ModelPath
+from serving.dynamic_batching import DynamicBatcher
+from serving.embedding.vectors import encode_vectors, truncate_and_normalize
+from shared import startup
+from shared.device import parallel_batches, pick_device, share_cores
+from shared.errors import JobError, not_finite
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from sentence_transformers import SentenceTransformer
-
-MAX_TEXTS = openai_api.MAX_INPUTS
 MAX_REPEATED = 20_000_000  # characters, as many as a request can hold
-
 # Tokens in one padded batch. A GPU wants many (16384 is text-embeddings-inference's default); on two CPU
 # cores about a thousand was fastest, and larger batches were slower than none: benchmarks/results.
 GPU_BATCH_TOKENS = 16384
 CPU_BATCH_TOKENS = 1024
-
-
-# ---- requests and responses ----------------------------------------------------------------------------
-
-
-class EmbedRequest(Request):
-    texts: list[str] = Field(
-        default=[], max_length=MAX_TEXTS, description="The texts, or one text; an empty text is a text"
-    )
-    text: str | None = Field(None, description="A single text, used when `texts` is missing or empty")
-    batch_size: int | None = Field(
-        None,
-        ge=1,
-        le=1024,
-        description="At most this many texts of the job in one batch; unset: by tokens alone",
-    )
-    normalize: bool = Field(True, description="Scale each embedding to length 1")
-    dimensions: int | None = Field(
-        None, ge=1, description="Keep this many leading dimensions (Matryoshka), before normalising"
-    )
-    prompt_name: str | None = Field(
-        None, description="A prompt that the model's files define, put before each text"
-    )
-    prompt: str | None = Field(None, description="A prompt to put before each text; instead of `prompt_name`")
-    encoding_format: Literal["float", "base64"] = Field(
-        "float", description="Lists of numbers, or base64 of little-endian float32"
-    )
-    truncate: bool = Field(True, description="Cut texts that are too long for the model; false: refuse them")
-
-    @field_validator("texts", mode="before")
-    @classmethod
-    def _as_list(cls, value: Any) -> Any:
-        return [] if value is None else [value] if isinstance(value, str) else value
-
-
-class Usage(BaseModel):
-    prompt_tokens: int = Field(description="Tokens that the model read, special ones included")
-    total_tokens: int = Field(description="The same: there is no completion")
-
-
-class EmbedResponse(BaseModel):
-    embeddings: Sequence[list[float] | str] = Field(description="One for each text, in their order")
-    model: str = Field(description="The model, as MODEL_NAME gives it")
-    revision: str | None = Field(description="Its commit, where known")
-    dimensions: int = Field(description="Length of each embedding")
-    count: int = Field(description="Number of embeddings")
-    truncated: int = Field(description="How many texts were cut to the model's length")
-    usage: Usage
-
-
-async def answer(
-    encoder: Encoder, request: EmbedRequest, *, prompt: str, model: str, revision: str | None
-) -> dict[str, Any]:
-    """The fields of an EmbedResponse. Raises JobError(code="empty") without a text; see `Encoder.embed`."""
-    inputs = request.texts or ([] if request.text is None else [request.text])
-    if not inputs:
-        raise JobError(
-            "texts: no texts. Give texts, a list of at least one, or text.", param="texts", code="empty"
-        )
-    texts, rows = await encoder.embed(
-        inputs, prompt=prompt, param="texts" if request.texts else "text", truncate=request.truncate,
-        batch_size=request.batch_size, dimensions=request.dimensions, normalize=request.normalize,
-        encoding_format=request.encoding_format,
-    )  # fmt: skip
-    tokens = sum(len(text.tokens) for text in texts)
-    return {
-        "embeddings": rows,
-        "model": model,
-        "revision": revision,
-        "dimensions": request.dimensions or encoder.dimensions,
-        "count": len(rows),
-        "truncated": sum(text.truncated for text in texts),
-        "usage": Usage(prompt_tokens=tokens, total_tokens=tokens),
-    }
-
-
-async def answer_openai(
-    encoder: Encoder, request: openai_api.EmbeddingsRequest, *, prompt: str, model: str
-) -> openai_api.EmbeddingsResponse:
-    """The answer of /v1/embeddings: unit vectors, long texts cut. Raises JobError: see `Encoder.embed`."""
-    texts, rows = await encoder.embed(
-        request.input, prompt=prompt, param="input", truncate=True, batch_size=None,
-        dimensions=request.dimensions, normalize=True, encoding_format=request.encoding_format,
-    )  # fmt: skip
-    tokens = sum(len(text.tokens) for text in texts)
-    return openai_api.EmbeddingsResponse(
-        data=[openai_api.Embedding.model_construct(index=i, embedding=row) for i, row in enumerate(rows)],
-        model=model,
-        usage=openai_api.EmbeddingsUsage(prompt_tokens=tokens, total_tokens=tokens),
-    )
-
-
-# ---- the engine ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,13 +58,13 @@ class Encoder:
         self._left_padding = getattr(self._tokenizer, "padding_side", "right") == "left"
         self._pad: int = getattr(self._tokenizer, "pad_token_id", None) or 0
         self._skips_prompt = any(getattr(part, "include_prompt", True) is False for part in model)
-        self._lanes = cpu_lanes(model.device)
-        self._batcher: Batcher[Text, np.ndarray] = Batcher(
+        self._threads = parallel_batches(model.device)
+        self._batcher: DynamicBatcher[Text, np.ndarray] = DynamicBatcher(
             self._run,
             budget=budget,
             length=lambda text: len(text.tokens),
             key=lambda text: text.prompt_tokens,
-            lanes=self._lanes,
+            threads=self._threads,
         )
 
     def _special_tokens(self) -> tuple[list[int], list[int], bool]:
@@ -286,11 +183,11 @@ class Encoder:
         normalize: bool,
         encoding_format: str,
     ) -> tuple[list[Text], Sequence[list[float] | str]]:
-        """What was read of each input, and its embedding as `written` writes it.
+        """What was read of each input, and its embedding as `encode_vectors` writes it.
 
         param: the request's field that `inputs` came from, for errors. batch_size: at most this many of them
-        in one batch. dimensions: keep so many leading ones. Raises JobError: see `tokenize`, too many
-        dimensions, or a result that the platform would not take.
+        in one batch. dimensions: keep so many leading ones. Raises JobError: see `tokenize`, and for too many
+        dimensions.
         """
         width = dimensions or self.dimensions
         if width > self.dimensions:
@@ -299,22 +196,16 @@ class Encoder:
                 param="dimensions",
                 code="invalid_value",
             )
-        # A number as JSON text hardly ever takes less than ten bytes; base64 takes four thirds of four.
-        size = len(inputs) * width * (10 if encoding_format == "float" else 16 / 3)
-        check_size(int(size), current_job.get(), "Use encoding_format base64 or fewer dimensions. ")
         texts = await asyncio.to_thread(self.tokenize, inputs, prompt=prompt, truncate=truncate, param=param)
         rows = await self.encode(texts, batch_size=batch_size)
-        return texts, await asyncio.to_thread(
-            lambda: written(shape(rows, dimensions=dimensions, normalize=normalize), encoding_format)
-        )
+        rows = truncate_and_normalize(rows, dimensions=dimensions, normalize=normalize)
+        return texts, await asyncio.to_thread(encode_vectors, rows, encoding_format)
 
     async def encode(self, texts: Sequence[Text], *, batch_size: int | None = None) -> np.ndarray:
         """Embeddings of shape (len(texts), self.dimensions), float32, as the model gives them.
 
         Raises JobError(code="not_finite").
         """
-        import numpy as np
-
         step = batch_size or len(texts)
         rows: list[np.ndarray] = []
         for start in range(0, len(texts), step):
@@ -326,9 +217,7 @@ class Encoder:
 
     def _run(self, texts: list[Text]) -> list[np.ndarray]:
         """One forward pass, on an engine thread."""
-        import torch
-
-        share_cores(self._lanes, self._batcher.running)
+        share_cores(self._threads, self._batcher.running)
         if not self.takes_tokens:
             rows = self.model.encode(
                 [text.text for text in texts], prompt="", batch_size=len(texts), convert_to_tensor=True
@@ -385,8 +274,6 @@ def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 def padded(rows: Sequence[Sequence[int]], *, value: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows as one tensor, filled up with `value`, and the mask that is 1 where they are."""
-    import torch
-
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), value)
     mask = torch.zeros_like(ids)
@@ -397,69 +284,27 @@ def padded(rows: Sequence[Sequence[int]], *, value: int, left: bool) -> tuple[to
     return ids, mask
 
 
-def shape(embeddings: np.ndarray, *, dimensions: int | None, normalize: bool) -> np.ndarray:
-    """The leading `dimensions` of each row, scaled to length 1 after the cut, which would shorten them."""
-    import numpy as np
-
-    rows = embeddings[:, :dimensions]
-    if normalize:
-        rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    return rows
-
-
-def written(embeddings: np.ndarray, encoding_format: str) -> Sequence[list[float] | str]:
-    """The rows as base64 of little-endian float32, or as numbers in their shortest float32 form."""
-    import numpy as np
-
-    if encoding_format == "base64":
-        return [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in embeddings]
-    return shortest(embeddings.astype(np.float32)).tolist()  # type: ignore[no-any-return]
-
-
-def shortest(values: np.ndarray) -> np.ndarray:
-    """float32 `values` as the float64 that JSON prints shortest and that reads back as the same.
-
-    A float32 needs 6 to 9 significant digits; tolist() alone would print the 17 of a float64. Rounding
-    whole arrays to 6, 7, 8 and 9 digits is 13 times faster than asking numpy for each number's text.
-    """
-    import numpy as np
-
-    exact = values.astype(np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        exponent = np.where(exact == 0, 0, np.floor(np.log10(np.abs(exact))))
-        result, found = exact.copy(), np.zeros(values.shape, bool)
-        for digits in range(6, 10):
-            scale = 10.0 ** (digits - 1 - exponent)
-            rounded = np.rint(exact * scale) / scale
-            fits = (rounded.astype(np.float32) == values) & ~found
-            result[fits] = rounded[fits]
-            found |= fits
-    inexact = (exponent < -14) | (exponent > 5)  # `scale` is no exact power of ten
-    result[inexact] = [float(str(value)) for value in values[inexact]]
-    return result
-
-
 def batch_tokens(device: torch.device, asked: int | None) -> int:
     """Tokens in one padded batch: as asked, or what suits the device."""
     return asked or (CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS)
 
 
-def load_encoder(settings: WorkerSettings, found: ModelPath, *, budget: int | None) -> Encoder:
-    """The encoder of the model that `prewarm.resolve` has found.
+def load_encoder(
+    path: Path, *, device: str, dtype: str, trust_remote_code: bool = False, budget: int | None = None
+) -> Encoder:
+    """The encoder of the model in the folder `path`.
 
-    budget: tokens in one padded batch; None: what suits the device. Logs the phases import and load.
-    Raises StartError for what a new try cannot mend.
+    budget: tokens in one padded batch; None: what suits the device. Logs the phase load.
+    Raises StartError for what a new attempt cannot change.
     """
-    with prewarm.phase("import"):
-        from sentence_transformers import SentenceTransformer
-    with prewarm.phase("load") as phase:
-        device, dtype = pick_device(settings)
+    with startup.phase("load") as phase:
+        place, number_format = pick_device(device, dtype)
         model = SentenceTransformer(
-            str(found.path),
-            device=str(device),
-            trust_remote_code=settings.trust_remote_code,
+            str(path),
+            device=str(place),
+            trust_remote_code=trust_remote_code,
             local_files_only=True,
-            model_kwargs={"dtype": dtype},
+            model_kwargs={"dtype": number_format},
         ).eval()
         phase.bytes = sum(weight.nbytes for weight in model.parameters())
-    return Encoder(model, budget=batch_tokens(device, budget))
+    return Encoder(model, budget=batch_tokens(place, budget))

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext, suppress
 
-from shared.errors import JobError, whole
+from shared.errors import JobError, replace_lone_surrogates
 
 STREAM_LIMIT = 1_000_000
 """Bytes that the platform takes in one post of a stream."""
@@ -58,7 +58,7 @@ async def relay(source: AsyncIterator[str], *, max_bytes: int = STREAM_LIMIT) ->
                 for chunk in _chunks(_EVENT.findall(text), room):
                     yield chunk
             elif text:
-                yield whole(text)
+                yield replace_lone_surrogates(text)
     except asyncio.CancelledError:
         if job.cancelling():
             raise
@@ -128,7 +128,7 @@ async def coalesce(source: AsyncIterator[str], *, max_bytes: int = STREAM_LIMIT)
     try:
         while waiting or fresh or not reader.done():
             if fresh and not waiting and guess <= room:
-                chunk = whole("".join(fresh))
+                chunk = replace_lone_surrogates("".join(fresh))
                 fresh.clear()
                 guess = 0
                 yield chunk
@@ -170,11 +170,6 @@ async def sse_events(body: AsyncIterator[bytes]) -> AsyncGenerator[str]:
         yield f"{event}\n\n"
 
 
-def error_event(error: JobError) -> str:
-    """The end of a stream of OpenAI's that failed: the error as a server-sent event, then `[DONE]`."""
-    return f"data: {json.dumps({'error': error.body()})}\n\ndata: [DONE]\n\n"
-
-
 def _at_most(text: str) -> int:
     """The most bytes that `text` can take in JSON: the least that is said of it without reading it."""
     return 6 * len(text)
@@ -199,7 +194,7 @@ def _take(waiting: deque[tuple[str, int]], room: int) -> tuple[str, int]:
 
 def _pieces(unit: str, room: int) -> list[tuple[str, int]]:
     """The unit, cut if it takes more than `room` bytes, with what each piece takes as JSON."""
-    unit = whole(unit)
+    unit = replace_lone_surrogates(unit)
     if (size := _size(unit)) <= room:
         return [(unit, size)]
     step = max(1, room // 24)  # no character takes more than 6 bytes, and four pieces fill a chunk well

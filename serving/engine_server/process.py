@@ -14,7 +14,7 @@ Any end of the child is a crash, whatever its exit status. Jobs in flight get an
 results are posted: an idle one at once. So does an engine end whose health is silent for `hang_timeout`.
 
 The child leads a session of its own, so that a SIGTERM to the worker's group does not end it before the SDK
-has drained. It is ended with the worker's process: at exit, and by `shared.reaper` where there was none.
+has drained. It is ended with the worker's process: at exit, and by the reaper where there was none.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import http.client
-import json
 import os
 import re
 import shlex
@@ -32,41 +30,19 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
 
-from shared import reaper
-from shared.errors import JobError, StartError
-from shared.jobs import ENGINE_DIED, serving
+from serving.engine_server import reaper
+from serving.engine_server.client import EngineClient
+from serving.engine_server.log_causes import classify_log
+from shared.errors import ENGINE_DIED, JobError, StartError
 from shared.logs import log, redact
-from shared.startup import classify_log
-from shared.streaming import STREAM_LIMIT, sse_events
 
-if TYPE_CHECKING:
-    from aiohttp import AddrInfoType, ClientResponse, ClientSession, StreamReader
-
-KEEP_ALIVE_S = 3.0  # shorter than the 5 s after which uvicorn closes an idle connection
-PROBE_S = 10.0
 START_TRIES = 3  # a free port may be taken before the child binds it
 LAST_LINES = 200
 LINE_LENGTH = 4000  # RunPod's log cuts there
 POST_S = 15.0  # what the SDK may take to post the errors of the jobs in flight
-
-STREAM_END = re.compile(
-    r"""^data:[ ]?\[DONE\]                                           # chat and completions
-    | ^event:[ ]?(?:response\.(?:completed|failed|incomplete)|message_stop)$  # responses, messages
-    | "generated_text":[ ]?"                                       # TGI's own""",
-    re.MULTILINE | re.VERBOSE,
-)
-"""What the last events of a stream have, and no others."""
-
-FIRST_S = 0.005  # a chat's role comes by itself, just before the first token
-
-_ERROR = re.compile(r'^(?:event: ?error\ndata: ?(?=\{)|data: ?(?=\{ ?"error"))(?P<data>.*)', re.MULTILINE)
 _PORT_TAKEN = re.compile(r"address already in use|errno: ?98|errno 98|EADDRINUSE", re.IGNORECASE)
 _LEVEL = re.compile(r"\b(WARNING|WARN|ERROR|CRITICAL)\b")
 _NOT_FOR_ENGINE = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RUNPOD_AI_API_KEY")
@@ -74,205 +50,6 @@ _NOT_FOR_ENGINE = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RUNPOD_AI_API_KEY
 
 class EngineFailed(RuntimeError):
     """The engine did not start, for a cause that a new try may mend."""
-
-
-class EngineClient:
-    """Requests to an inference server at `url`; for one elsewhere it is enough by itself.
-
-    headers: sent with every request. Paths are the caller's own: never join a job's text into one.
-
-    All methods raise JobError. One for an answer of the server keeps its `type`, `message`, `param` and
-    `code` as they were (the HTTP status where it gave no code).
-    """
-
-    def __init__(self, url: str, *, headers: Mapping[str, str] | None = None) -> None:
-        self.url = url.rstrip("/")
-        self.headers = dict(headers or {})
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def get(self, path: str, *, timeout: float = PROBE_S) -> tuple[int, str]:
-        """Status and text of a GET, 0 and "" where nobody answers. Blocks: for the start, and for threads."""
-        request = urllib.request.Request(self.url + path, headers=self.headers)  # noqa: S310
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with opener.open(request, timeout=timeout) as response:
-                return response.status, response.read().decode(errors="replace")
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, ""
-        except (OSError, ValueError, http.client.HTTPException):
-            return 0, ""
-
-    async def request(
-        self, method: str, path: str, body: Any = None, *, headers: Mapping[str, str] | None = None
-    ) -> Any:
-        """The JSON of the answer. When the caller's task is cancelled, the connection is closed."""
-        return (await self.call(method, path, body, headers=headers))[0]
-
-    async def call(
-        self, method: str, path: str, body: Any = None, *, headers: Mapping[str, str] | None = None
-    ) -> tuple[Any, Mapping[str, str]]:
-        """The JSON of the answer, and the answer's headers."""
-        async with self._answer(method, path, body, headers) as response:
-            return await self._json(response), response.headers
-
-    async def stream(
-        self, path: str, body: Any, *, headers: Mapping[str, str] | None = None
-    ) -> AsyncGenerator[str]:
-        """The server-sent events that a POST is answered with: at a time those that have come, each whole.
-
-        For `shared.streaming.relay`. With a connection that breaks, what was not taken yet is lost.
-
-        Closed early, it closes the connection, upon which the engine drops the request. An event that holds
-        an error is raised as one, after those before it: engines send them under HTTP status 200. An answer
-        that ends without its last event (STREAM_END) is a lost connection, though HTTP may call it whole.
-        """
-        import aiohttp
-
-        ended = False
-        async with self._answer("POST", path, body, headers) as response:
-            async with aclosing(sse_events(_reads(response.content))) as blocks:
-                async for events in blocks:
-                    if error := _ERROR.search(events):
-                        if before := events[: error.start()]:
-                            yield before
-                        await self._check()
-                        raise problem(500, _parse(error["data"]))
-                    ended = ended or bool(STREAM_END.search(events))
-                    yield events
-            if not ended:
-                raise aiohttp.ClientPayloadError("the stream stopped before its end")
-
-    @asynccontextmanager
-    async def _answer(
-        self, method: str, path: str, body: Any, headers: Mapping[str, str] | None
-    ) -> AsyncIterator[ClientResponse]:
-        import aiohttp
-
-        pooled, fresh = await self._sessions()
-        options: dict[str, Any] = {"headers": headers} if body is None else {"headers": headers, "json": body}
-        try:
-            try:
-                response = await pooled.request(method, self.url + path, **options)
-            except aiohttp.ClientConnectorError:
-                raise
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-                # No byte of an answer came: the server may have closed the idle connection just then.
-                response = await fresh.request(method, self.url + path, **options)
-            try:
-                if response.status >= 400:
-                    error = problem(response.status, _parse(await response.text(errors="replace")))
-                    if response.status >= 500 or response.status == 424:  # TGI's for a model that failed
-                        await self._check()
-                    raise error
-                yield response
-            finally:
-                response.release()  # closes the connection where the answer was not read to its end
-        except (aiohttp.ClientError, OSError) as error:
-            raise await self._lost(error) from error
-
-    async def _json(self, response: ClientResponse) -> Any:
-        text = await response.text(errors="replace")
-        try:
-            return json.loads(text)
-        except ValueError:
-            message = f"The engine's answer is not JSON: {text[:200]!r}."
-            raise JobError(message, code="bad_answer", type="server_error") from None
-
-    async def _check(self) -> None:
-        """Raise JobError(code=ENGINE_DIED) if the engine behind a failure is gone; here it is another's."""
-
-    async def _lost(self, error: Exception) -> JobError:
-        """What a job is told whose connection was lost."""
-        return JobError(
-            f"The engine's server did not answer ({type(error).__name__}). Try again.",
-            code="engine_unreachable",
-            type="server_error",
-        )
-
-    async def _sessions(self) -> tuple[ClientSession, ClientSession]:
-        """The running loop's sessions: one with a pool, one whose connections are always new."""
-        import aiohttp
-
-        if self._loop is not asyncio.get_running_loop():
-            self._loop = asyncio.get_running_loop()
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=PROBE_S)
-            # aiohttp's own limit is 100 connections, which would queue the others unseen.
-            pool = aiohttp.TCPConnector(
-                limit=0, keepalive_timeout=KEEP_ALIVE_S, socket_factory=_probing_socket
-            )
-            new = aiohttp.TCPConnector(limit=0, force_close=True, socket_factory=_probing_socket)
-            options: dict[str, Any] = {"timeout": timeout, "headers": self.headers}
-            options["read_bufsize"] = STREAM_LIMIT  # of a stream that waits while its last part is posted
-            self._pooled = aiohttp.ClientSession(connector=pool, **options)
-            self._fresh = aiohttp.ClientSession(connector=new, **options)
-            # asyncio.run closes generators before it closes its loop, and this one the sessions with itself.
-            self._keeper = _hold(self._pooled, self._fresh)
-            await anext(self._keeper)
-        return self._pooled, self._fresh
-
-
-async def _reads(body: StreamReader) -> AsyncGenerator[bytes]:
-    """All that has come, each time; what comes right after the first part goes with it, not a post later."""
-    first = True
-    async for data in body.iter_any():
-        if first:
-            first = False
-            await asyncio.sleep(FIRST_S)
-            if body.exception() is None:
-                data += body.read_nowait()
-        yield data
-
-
-def _probing_socket(address: AddrInfoType) -> socket.socket:
-    """One that breaks a minute after its host has vanished; an answer itself may take any time."""
-    family, kind, protocol, *_ = address
-    made = socket.socket(family, kind, protocol)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, seconds in ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10)):
-        made.setsockopt(socket.IPPROTO_TCP, option, seconds)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-    return made
-
-
-async def _hold(*sessions: ClientSession) -> AsyncGenerator[None]:
-    try:
-        yield
-    finally:
-        for session in sessions:
-            await session.close()
-
-
-def problem(status: int, body: Any) -> JobError:
-    """An engine's error answer as JobError.
-
-    body: OpenAI's `{"error": {"message", "type", "param", "code"}}`, TGI's `{"error", "error_type"}`,
-    FastAPI's `{"detail"}`, or text.
-    """
-    error = body.get("error", body.get("detail", body)) if isinstance(body, dict) else body
-    blame = "invalid_request_error" if status < 500 else "server_error"
-    if isinstance(error, dict) and "message" in error:
-        return JobError(
-            redact(str(error["message"])),
-            param=_field(error.get("param")),
-            code=error.get("code") or status,
-            type=error.get("type") or blame,
-        )
-    code = body.get("error_type") if isinstance(body, dict) else None
-    text = error if isinstance(error, str) and error else json.dumps(error, ensure_ascii=False)
-    return JobError(redact(text)[:2000], code=code or status, type=blame)
-
-
-def _field(param: Any) -> str | None:
-    """`body.temperature` is FastAPI's way to say `temperature`."""
-    return str(param).removeprefix("body.") if param else None
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 class EngineServer(EngineClient):
@@ -284,7 +61,8 @@ class EngineServer(EngineClient):
 
     start_timeout: seconds until the engine must answer. hang_timeout: seconds of silent health after which
     an engine that had started counts as dead. grace: seconds from SIGTERM to SIGKILL.
-    on_death: called when the engine has died by itself and its jobs are answered; exits the process.
+    on_death: called when the engine has died by itself and no job is in flight; exits the process.
+    in_flight: how many jobs the worker has in flight.
     """
 
     def __init__(
@@ -299,6 +77,7 @@ class EngineServer(EngineClient):
         hang_timeout: float = 60,
         grace: float = 10,
         on_death: Callable[[], None] | None = None,
+        in_flight: Callable[[], int] = lambda: 0,
     ) -> None:
         super().__init__("http://127.0.0.1:0")
         self.name = name
@@ -307,7 +86,7 @@ class EngineServer(EngineClient):
         self.health = health
         self.start_timeout, self.hang_timeout, self.grace = start_timeout, hang_timeout, grace
         self._wish = port
-        self._on_death = on_death or _exit
+        self._on_death, self._in_flight = on_death or _exit, in_flight
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._lines: deque[str] = deque(maxlen=LAST_LINES)
@@ -413,7 +192,7 @@ class EngineServer(EngineClient):
         if self._stopping:
             return
         deadline = time.monotonic() + POST_S
-        while serving() and time.monotonic() < deadline:
+        while self._in_flight() and time.monotonic() < deadline:
             time.sleep(0.05)
         self._on_death()
 

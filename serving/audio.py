@@ -1,0 +1,119 @@
+"""Sound that a client sent as samples, and samples as a file.
+
+The functions block: call them through `asyncio.to_thread`.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from contextlib import suppress
+
+import av
+import numpy as np
+import soundfile
+import soxr
+from numpy.typing import NDArray
+
+from shared.decoding import too_large
+from shared.errors import invalid
+
+MAX_SECONDS = 3600.0
+_FFMPEG_FORMATS = "mov,matroska,aac,amr,asf,mpegts,mp3,ogg,flac,wav"
+_BLOCK = 2**16
+
+
+def load_audio(
+    data: bytes,
+    *,
+    rate: int,
+    param: str = "audio",
+    max_seconds: float = MAX_SECONDS,
+    allow_empty: bool = False,
+) -> NDArray[np.float32]:
+    """Decode sound to mono float32 at `rate` Hz, about -1 to 1, at least one sample.
+
+    soundfile reads WAV, FLAC, MP3, OGG, Opus, AIFF and more; the rest (m4a, mp4, webm, aac, wma) PyAV
+    reads. Of a file cut short comes the sound that is whole, where its format allows that.
+    allow_empty: a whole file that holds no sample gives none, and is no error.
+    """
+    import numpy as np
+
+    # A file in memory: libsndfile stumbles over Python's own seeks.
+    with os.fdopen(os.memfd_create("audio"), "wb") as file:
+        file.write(data)
+        file.seek(0)
+        try:
+            samples = _read_sound(file.fileno(), rate, param, max_seconds)
+            if allow_empty and not samples.size:
+                return samples
+        except soundfile.LibsndfileError:
+            samples = _read_with_av(file.fileno(), rate, param, max_seconds)
+    if not samples.size or not np.isfinite(samples).all():
+        cause = "samples that are no numbers" if samples.size else "no sound that this worker reads"
+        raise invalid(param, f"{cause}; send WAV, FLAC, MP3, OGG or Opus.", "bad_audio")
+    return samples
+
+
+def encode_audio(samples: NDArray[np.float32], rate: int, format: str = "wav") -> str:
+    """Samples (-1 to 1, clipped; one dimension, or frames by channels) as base64 text.
+
+    format: wav, flac, mp3, ogg (Vorbis), opus (8, 12, 16, 24 or 48 kHz only), pcm (16 bits, no header).
+    """
+
+    special = {"opus": ("OGG", "OPUS"), "pcm": ("RAW", "PCM_16")}
+    container, subtype = special.get(format, (format, None))
+    channels = 1 if samples.ndim == 1 else samples.shape[1]
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", rate, channels, subtype, format=container) as sound:
+        for start in range(0, len(samples), _BLOCK):  # libsndfile crashes on one long write of Vorbis
+            sound.write(samples[start : start + _BLOCK])
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _read_sound(fd: int, rate: int, param: str, max_seconds: float) -> NDArray[np.float32]:
+    import numpy as np
+
+    with soundfile.SoundFile(fd, closefd=False) as sound:
+        if not 1_000 <= sound.samplerate <= 1_000_000:
+            raise invalid(param, f"a sample rate of {sound.samplerate} Hz.", "bad_audio")
+        limit = int(max_seconds * sound.samplerate)
+        if limit < sound.frames < 2**63 - 1:  # which is how libsndfile says unknown: FLAC written to a pipe
+            raise too_large(param, f"{max_seconds:g} seconds")
+        sound.seekable = lambda: False  # else it seeks after each read, and fails at the end of such a FLAC
+        resampler = soxr.ResampleStream(sound.samplerate, rate, 1, dtype="float32")
+        pieces = []
+        while len(block := sound.read(max(1, _BLOCK // sound.channels), dtype="float32", always_2d=True)):
+            limit -= len(block)
+            if limit < 0:
+                raise too_large(param, f"{max_seconds:g} seconds")
+            pieces.append(resampler.resample_chunk(block.mean(axis=1)))
+        pieces.append(resampler.resample_chunk(np.zeros(0, "float32"), last=True))
+    return np.concatenate(pieces)
+
+
+def _read_with_av(fd: int, rate: int, param: str, max_seconds: float) -> NDArray[np.float32]:
+    """No samples where PyAV cannot read it; of a damaged file those before the damage."""
+    import numpy as np
+
+    limit = int(max_seconds * rate)
+    pieces = [np.zeros(0, np.float32)]
+    options = {"format_whitelist": _FFMPEG_FORMATS, "protocol_whitelist": "none"}
+    os.lseek(fd, 0, os.SEEK_SET)
+    with (
+        suppress(av.FFmpegError, IndexError, ValueError, EOFError),
+        os.fdopen(os.dup(fd), "rb") as file,
+        av.open(file, options=options, metadata_errors="ignore") as container,
+    ):
+        resampler = av.AudioResampler("fltp", None, rate)  # its own mono is 1.41 times too loud
+        frames = container.decode(container.streams.audio[0])
+        with suppress(av.FFmpegError, EOFError):
+            for frame in frames:
+                for part in resampler.resample(frame):
+                    pieces.append(part.to_ndarray().mean(axis=0))
+                    limit -= len(pieces[-1])
+                if limit < 0:
+                    raise too_large(param, f"{max_seconds:g} seconds")
+        pieces += [part.to_ndarray().mean(axis=0) for part in resampler.resample(None)]
+    return np.concatenate(pieces)

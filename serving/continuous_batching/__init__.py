@@ -1,0 +1,1 @@
+"""Token generation for sequences that join and leave a batch at every decode step."""

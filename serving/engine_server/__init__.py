@@ -1,0 +1,1 @@
+"""An inference server (vLLM, TGI) as a child process."""

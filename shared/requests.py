@@ -1,0 +1,103 @@
+"""A job's input as a typed request, or one error that names the field."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from shared.errors import JobError
+
+
+class Request(BaseModel):
+    """Base of a worker's own requests: no type coercion, and an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+def parse(
+    payload: Any, requests: Sequence[type[BaseModel]], routes: Mapping[str, type[BaseModel]]
+) -> BaseModel:
+    """The typed request in a job's `input`: `routes[openai_route]` if it has a route, else one of `requests`.
+
+    Raises JobError that names the field, what was wrong with it and what is allowed.
+    """
+    if not isinstance(payload, dict):
+        kind = "missing" if payload is None else f"of type {_json_type(payload)}"
+        raise JobError(
+            f'input is {kind}. Send an object: {{"input": {{...}}}}.', param="input", code="invalid_input"
+        )
+    if "openai_route" not in payload and "openai_input" not in payload:
+        return validate(pick_request_model(requests, payload), payload)
+    route = payload.get("openai_route")
+    path = route.partition("?")[0].rstrip("/") if isinstance(route, str) else ""
+    if path not in routes:
+        served = " or ".join(routes) if routes else "this worker's own input: it has no OpenAI routes"
+        raise JobError(
+            f"openai_route: {_show(route)} is not served here. Use {served}.",
+            param="openai_route",
+            code="unknown_route",
+        )
+    body = payload.get("openai_input")
+    if body is None:
+        body = {}
+    if not isinstance(body, dict):
+        raise JobError(
+            f"openai_input must be an object, not of type {_json_type(body)}.",
+            param="openai_input",
+            code="invalid_input",
+        )
+    return validate(routes[path], body)
+
+
+def pick_request_model(requests: Sequence[type[BaseModel]], payload: dict[str, Any]) -> type[BaseModel]:
+    """The one of `requests` that has most of the payload's fields; the first of several such."""
+    return max(requests, key=lambda request: len(request.model_fields.keys() & payload.keys()))
+
+
+def validate(model: type[BaseModel], payload: dict[str, Any]) -> BaseModel:
+    """`payload` as `model`. Raises JobError about the first problem.
+
+    An unknown field takes precedence: a missing one is often the same field, misspelt.
+    """
+    try:
+        return model.model_validate(payload)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
+        raise _explain((unknown or problems)[0], model) from None
+
+
+def _explain(problem: ErrorDetails, model: type[BaseModel]) -> JobError:
+    param = ".".join(str(part) for part in problem["loc"]) or None
+    if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1:
+        names = list(model.model_fields)
+        close = difflib.get_close_matches(str(param)[:100], names, n=1)
+        hint = f"Did you mean {close[0]!r}? " if close else ""
+        return JobError(
+            f"{param}: unknown field. {hint}Allowed: {', '.join(names)}.", param=param, code="unknown_field"
+        )
+    if problem["type"] == "missing":
+        return JobError(f"{param}: this field is required.", param=param, code="missing_field")
+    text = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("model_type", "model_attributes_type"):  # pydantic's text names the Python class
+        text = "Input should be an object"
+    got = f", got {_show(problem['input'])}" if param and problem["type"] != "value_error" else ""
+    return JobError(f"{param}: {text}{got}." if param else f"{text}.", param=param, code="invalid_value")
+
+
+def _json_type(value: Any) -> str:
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _show(value: Any) -> str:
+    """`value` as JSON where that is short, else its type: an error must not carry megabytes."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    if len(text) <= 60:
+        return text
+    return f"{_json_type(value)} of {len(value)}" if hasattr(value, "__len__") else f"{text[:60]}..."
