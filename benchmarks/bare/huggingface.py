@@ -61,7 +61,9 @@ class Engine:
             tensor = torch.tensor([ids])
             inputs = {"input_ids": tensor, "attention_mask": torch.ones_like(tensor)}
             # logprobs: what tells the tokens themselves
-            async with aclosing(self.generator.stream(inputs, SamplingParams(most, logprobs=0), each=False)) as it:
+            async with aclosing(
+                self.generator.stream(inputs, SamplingParams(most, logprobs=0), each=False)
+            ) as it:
                 piece = await anext(it)
             return time.perf_counter() - begin, [chance.token for chance in piece.chances]
 

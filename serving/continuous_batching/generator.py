@@ -58,7 +58,7 @@ _BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextDelta:
     """What has come since the last piece; the one with a finish_reason is the last.
 
     tokens: how many the model has made for this answer so far, the one that ended it included.
@@ -148,9 +148,9 @@ class _Closed(BaseException):
 class Generator:
     """Answers prompts with a decoder model of transformers, many at a time.
 
-    max_rows: the most answers at a time. budget: the most tokens in the cache, padding and what is still to
+    max_batch_size: the most answers at a time. budget: the most tokens in the cache, padding and what is still to
     come included; None: see `cache_budget`. A lone row may have more. max_length: the most tokens of a prompt
-    and its answer; None: the model's own limit. use_adapters: called on the engine's thread before the model
+    and its answer; None: the model's own limit. set_adapters: called on the engine's thread before the model
     runs, with what each row's `stream` was told as its adapter, in the rows' order.
     """
 
@@ -159,21 +159,23 @@ class Generator:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        max_rows: int = 32,
-        budget: int | None = None,
-        max_length: int | None = None,
-        use_adapters: Callable[[list[str | None]], None] | None = None,
+        max_batch_size: int = 32,
+        max_cache_tokens: int | None = None,
+        max_model_len: int | None = None,
+        set_adapters: Callable[[list[str | None]], None] | None = None,
     ) -> None:
         config = model.config.get_text_config(decoder=True)
-        limits = [limit for limit in (max_length, getattr(config, "max_position_embeddings", None)) if limit]
-        self.max_length: int | None = min(limits, default=None)
+        limits = [
+            limit for limit in (max_model_len, getattr(config, "max_position_embeddings", None)) if limit
+        ]
+        self.max_model_len: int | None = min(limits, default=None)
         self.model, self.tokenizer = model, tokenizer
-        self._device, self._use_adapters = input_device(model), use_adapters
+        self._device, self._set_adapters = input_device(model), set_adapters
         ends = model.generation_config.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
         self._ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
         self._pad: int = next((i for i in (tokenizer.pad_token_id, *self._ends) if i is not None), 0)
-        self._max_rows, self._budget = max_rows, budget or cache_budget(model)
+        self._max_rows, self._budget = max_batch_size, max_cache_tokens or cache_budget(model)
         self._joins = supports_joining_batches(model)
         self._penalty: float = model.generation_config.repetition_penalty or 1.0
         self._dead: Exception | None = None
@@ -189,17 +191,17 @@ class Generator:
 
     # -- for the event loop
 
-    def fit(self, prompt: int, max_tokens: int | None, *, default: int, param: str) -> int:
+    def fit_max_tokens(self, prompt: int, max_tokens: int | None, *, default: int, param: str) -> int:
         """How many tokens the answer to a prompt of `prompt` tokens may have; `default` where there is room.
 
         Raises JobError(code="too_long") with both numbers for what the model has no room for.
         """
-        if self.max_length is None:
+        if self.max_model_len is None:
             return max_tokens or default
-        room = self.max_length - prompt
+        room = self.max_model_len - prompt
         if room < 1:
             raise JobError(
-                f"{param}: the prompt has {prompt} tokens, and the model takes {self.max_length} with the "
+                f"{param}: the prompt has {prompt} tokens, and the model takes {self.max_model_len} with the "
                 "answer. Shorten it.",
                 param=param,
                 code="too_long",
@@ -207,7 +209,7 @@ class Generator:
         if max_tokens is not None and max_tokens > room:
             raise JobError(
                 f"max_tokens: the prompt has {prompt} tokens, and {max_tokens} more make "
-                f"{prompt + max_tokens}; the model takes {self.max_length}. Ask for at most {room}.",
+                f"{prompt + max_tokens}; the model takes {self.max_model_len}. Ask for at most {room}.",
                 param="max_tokens",
                 code="too_long",
             )
@@ -216,26 +218,26 @@ class Generator:
     async def stream(
         self,
         inputs: Mapping[str, Any],
-        sampling: SamplingParams,
+        params: SamplingParams,
         *,
         each: bool = True,
         adapter: str | None = None,
-    ) -> AsyncGenerator[Piece]:
+    ) -> AsyncGenerator[TextDelta]:
         """The answer to a prompt, in pieces. Close it (`contextlib.aclosing`) to give its place up at once.
 
         inputs: what the tokenizer or processor made of one prompt, as tensors with a first dimension of one.
         each: a piece for each token that completes some text; False: all in one piece.
-        adapter: for `use_adapters`.
+        adapter: for `set_adapters`.
         """
-        if sampling.repetition_penalty is None:
-            sampling = replace(sampling, repetition_penalty=self._penalty)
+        if params.repetition_penalty is None:
+            params = replace(params, repetition_penalty=self._penalty)
         row = _Row(
-            inputs, sampling, each or bool(sampling.stop), asyncio.get_running_loop(), asyncio.Queue(),
-            _key(inputs, sampling), random.Random(sampling.seed), inputs["input_ids"].shape[1],  # noqa: S311
+            inputs, params, each or bool(params.stop), asyncio.get_running_loop(), asyncio.Queue(),
+            _key(inputs, params), random.Random(params.seed), inputs["input_ids"].shape[1],  # noqa: S311
             adapter,
         )  # fmt: skip
         detokenizer = Detokenizer(lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True))
-        stops = StopStrings(sampling.stop)
+        stops = StopStrings(params.stop)
         out, count, chances, end = "", 0, 0, None
         self._incoming.put(row)
         try:
@@ -245,7 +247,7 @@ class Generator:
                 tokens, end = await row.news.get()
                 if isinstance(end, Exception):
                     raise end
-                groups = [[token] for token in tokens] if sampling.stop else [tokens]
+                groups = [[token] for token in tokens] if params.stop else [tokens]
                 for number, group in enumerate(groups, 1):
                     count += len(group)
                     last = end is not None and number == len(groups)
@@ -258,7 +260,7 @@ class Generator:
                 if end:
                     out += stops.rest()
                 if end or (out and each):
-                    yield Piece(out, count, end, tuple(row.chances[chances:count]))
+                    yield TextDelta(out, count, end, tuple(row.chances[chances:count]))
                     out, chances = "", count
         finally:
             row.over = True
@@ -410,8 +412,8 @@ class Generator:
         return inputs
 
     def _adapt(self, rows: list[_Row]) -> None:
-        if self._use_adapters:
-            self._use_adapters([row.adapter for row in rows])
+        if self._set_adapters:
+            self._set_adapters([row.adapter for row in rows])
 
     def _prefill(self, rows: list[_Row]) -> None:
         self._adapt(rows)

@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 
 from shared.errors import JobError
-from shared.generation import Generator, Piece, SamplingParams, sample_next_tokens, supports_joining_batches
+from shared.generation import (
+    Generator,
+    TextDelta,
+    SamplingParams,
+    sample_next_tokens,
+    supports_joining_batches,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -85,16 +91,16 @@ async def ask(
     *,
     each: bool = True,
     after: float = 0,
-) -> Piece:
+) -> TextDelta:
     """The whole answer as one piece."""
     await asyncio.sleep(after)
-    text, piece = "", Piece("", 0)
+    text, piece = "", TextDelta("", 0)
     async with aclosing(engine.stream(inputs, sampling, each=each)) as pieces:
         async for piece in pieces:
             assert piece.text or piece.finish_reason
             text += piece.text
     assert piece.finish_reason
-    return Piece(text, piece.tokens, piece.finish_reason)
+    return TextDelta(text, piece.tokens, piece.finish_reason)
 
 
 def mixed(number: int) -> list[tuple[dict[str, Any], SamplingParams]]:
@@ -127,11 +133,11 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-def by_generate(model: Any, inputs: dict[str, Any], max_tokens: int, **settings: Any) -> Piece:
+def by_generate(model: Any, inputs: dict[str, Any], max_tokens: int, **settings: Any) -> TextDelta:
     out = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, pad_token_id=END, **settings)
     new = out[0, inputs["input_ids"].shape[1] :].tolist()
     text = [token for token in new if token != END]
-    return Piece("".join(map(chr, text)), len(new), "stop" if END in new else "length")
+    return TextDelta("".join(map(chr, text)), len(new), "stop" if END in new else "length")
 
 
 # ---- the same as alone ---------------------------------------------------------------------------------
@@ -160,7 +166,7 @@ async def test_a_long_answer_is_that_of_generate(engine: Generator, model: Any) 
 @pytest.mark.parametrize("kind", ["joining", "together"])
 async def test_neighbours_change_nothing(kind: str, model: Any) -> None:
     """Mixed settings, arriving in the middle of each other's answers, streamed and not."""
-    engine = Generator(model, Letters(), max_rows=8)  # type: ignore[arg-type]
+    engine = Generator(model, Letters(), max_batch_size=8)  # type: ignore[arg-type]
     engine._joins = kind == "joining"
     asked = mixed(24)
     alone = [await ask(engine, *each) for each in asked]
@@ -206,16 +212,16 @@ async def test_beams_are_those_of_generate(kind: str) -> None:
     """Of several widths, penalties and lengths, alone and together, beside answers that are drawn."""
     ends = [END, 20, 40, 60, 80, 100, 120]
     model = tiny_llama(eos_token_id=ends)
-    engine = Generator(model, Letters(), max_rows=12)  # type: ignore[arg-type]
+    engine = Generator(model, Letters(), max_batch_size=12)  # type: ignore[arg-type]
     engine._joins = kind == "joining"
 
-    def by_beams(inputs: dict[str, Any], max_tokens: int, **settings: Any) -> Piece:
+    def by_beams(inputs: dict[str, Any], max_tokens: int, **settings: Any) -> TextDelta:
         out = model.generate(
             **inputs, max_new_tokens=max_tokens, do_sample=False, pad_token_id=END, **settings
         )
         new = out[0, inputs["input_ids"].shape[1] :].tolist()
         ended = new[-1] in ends
-        return Piece("".join(map(chr, new[: len(new) - ended])), len(new), "stop" if ended else "length")
+        return TextDelta("".join(map(chr, new[: len(new) - ended])), len(new), "stop" if ended else "length")
 
     draw, searched, wanted, greedy = random.Random(3), [], [], []
     for inputs, _ in mixed(18):
@@ -235,7 +241,9 @@ async def test_beams_are_those_of_generate(kind: str) -> None:
 
 
 @pytest.fixture
-async def search(engine: Generator, monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[asyncio.Task[Piece]]:
+async def search(
+    engine: Generator, monkeypatch: pytest.MonkeyPatch
+) -> AsyncGenerator[asyncio.Task[TextDelta]]:
     """A search that is under way, has no end token and takes more than a minute."""
     from transformers import StoppingCriteriaList
 
@@ -250,13 +258,17 @@ async def search(engine: Generator, monkeypatch: pytest.MonkeyPatch) -> AsyncGen
     task.cancel()
 
 
-async def test_who_draws_does_not_wait_for_a_search(engine: Generator, search: asyncio.Task[Piece]) -> None:
+async def test_who_draws_does_not_wait_for_a_search(
+    engine: Generator, search: asyncio.Task[TextDelta]
+) -> None:
     for _ in range(3):
         await asyncio.wait_for(ask(engine, prompt(8, 9), SamplingParams(5)), 30)
     assert not search.done()
 
 
-async def test_a_search_that_nobody_waits_for_ends(engine: Generator, search: asyncio.Task[Piece]) -> None:
+async def test_a_search_that_nobody_waits_for_ends(
+    engine: Generator, search: asyncio.Task[TextDelta]
+) -> None:
     (row,) = engine._taken
     search.cancel()
     await until(lambda: not engine._taken)
@@ -266,7 +278,7 @@ async def test_a_search_that_nobody_waits_for_ends(engine: Generator, search: as
 
 @pytest.mark.parametrize("how", ["dies", "closes"])
 async def test_an_engine_that_ends_in_a_search_says_so(
-    engine: Generator, search: asyncio.Task[Piece], monkeypatch: pytest.MonkeyPatch, how: str
+    engine: Generator, search: asyncio.Task[TextDelta], monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     waiting = asyncio.create_task(ask(engine, prompt(7), SamplingParams(5, beams=3)))
     beside = asyncio.create_task(ask(engine, prompt(9), SamplingParams(1900)))
@@ -304,14 +316,14 @@ async def test_chances_are_told_where_asked(model: Any, engine: Generator) -> No
         assert [len(chance.top) for piece in await _all(pieces) for chance in piece.chances] == [0, 0, 0]
 
 
-async def _all(pieces: AsyncGenerator[Piece]) -> list[Piece]:
+async def _all(pieces: AsyncGenerator[TextDelta]) -> list[TextDelta]:
     return [piece async for piece in pieces]
 
 
 @pytest.mark.parametrize("where", ["_admit", "_step", "_prefill"])
 async def test_an_engine_that_dies_says_so(model: Any, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """What runs, what waits and what comes later: an error for each, in place of silence."""
-    engine = Generator(model, Letters(), max_rows=2)  # type: ignore[arg-type]
+    engine = Generator(model, Letters(), max_batch_size=2)  # type: ignore[arg-type]
     slowed(engine, monkeypatch)
     running = [asyncio.create_task(ask(engine, prompt(5, 6), SamplingParams(1500))) for _ in range(4)]
     await until(lambda: engine._live is not None and len(engine._waiting) == 2)
@@ -400,7 +412,7 @@ async def test_logits_that_are_no_numbers_fail_their_own_answer(engine: Generato
     finally:
         model.model.embed_tokens.weight = whole
     assert [getattr(bad, "code", bad) for bad in answers[::2]] == ["not_finite"] * 2
-    assert all(isinstance(good, Piece) for good in answers[1::2]), answers
+    assert all(isinstance(good, TextDelta) for good in answers[1::2]), answers
 
 
 # ---- rows come and go ----------------------------------------------------------------------------------
@@ -420,7 +432,7 @@ async def test_a_newcomer_does_not_wait_for_the_others_ends(
 
 async def test_leaving_frees_the_place(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of an answer, and while waiting for one: with the token that is being made."""
-    engine = Generator(model, Letters(), max_rows=1)  # type: ignore[arg-type]
+    engine = Generator(model, Letters(), max_batch_size=1)  # type: ignore[arg-type]
     slowed(engine, monkeypatch)
     running = asyncio.create_task(ask(engine, prompt(3), SamplingParams(1500, 1.0)))
     waiting = asyncio.create_task(ask(engine, prompt(4), SamplingParams(1500, 1.0)))
@@ -439,7 +451,7 @@ async def test_leaving_frees_the_place(model: Any, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("kind", ["joining", "together"])
 async def test_whoever_waits_is_served(kind: str, model: Any) -> None:
     """Far more answers than places, prompts of other kinds among them, in a cache that is often full."""
-    engine = Generator(model, Letters(), max_rows=4, budget=300)  # type: ignore[arg-type]
+    engine = Generator(model, Letters(), max_batch_size=4, max_cache_tokens=300)  # type: ignore[arg-type]
     engine._joins = kind == "joining"
     asked = mixed(30)
     alone = [await ask(engine, *each) for each in asked]
@@ -451,7 +463,7 @@ async def test_whoever_waits_is_served(kind: str, model: Any) -> None:
 
 
 async def test_a_prompt_longer_than_the_budget_runs_alone(model: Any) -> None:
-    engine = Generator(model, Letters(), budget=16)  # type: ignore[arg-type]
+    engine = Generator(model, Letters(), max_cache_tokens=16)  # type: ignore[arg-type]
     answers = await asyncio.gather(*(ask(engine, prompt(*range(2, 60)), SamplingParams(5)) for _ in range(3)))
     assert len(set(answers)) == 1
     engine.close()

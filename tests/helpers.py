@@ -1,0 +1,94 @@
+"""What the tests of several rooms share."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_ids = itertools.count()
+
+
+async def send(handler: Any, **payload: Any) -> Any:
+    """The complete answer of `handler` to a job with this input, as the SDK gets it."""
+    return await handler({"id": f"job-{next(_ids)}", "input": payload})
+
+
+async def stream(handler: Any, **payload: Any) -> list[Any]:
+    """Every part that the generator form of `handler` gives the SDK for a job with this input."""
+    return [part async for part in handler.stream({"id": f"job-{next(_ids)}", "input": payload})]
+
+
+async def openai(handler: Any, route: str, **body: Any) -> Any:
+    """The complete answer to an OpenAI request."""
+    return await send(handler, openai_route=route, openai_input=body)
+
+
+async def error(handler: Any, **payload: Any) -> dict[str, Any]:
+    """The error object of a job that fails: `type`, `message`, `param`, `code`."""
+    return error_of(await send(handler, **payload))
+
+
+def error_of(answer: Any) -> dict[str, Any]:
+    """The error object in an answer that is an error."""
+    assert "error" in answer, answer
+    assert isinstance(answer["error"], str), "the SDK loses an error that is not a string"
+    problem: dict[str, Any] = json.loads(answer["error"])
+    assert set(problem) == {"type", "message", "param", "code"}
+    assert "Traceback" not in problem["message"]
+    return problem
+
+
+def sse_events(chunks: list[str]) -> list[Any]:
+    """The events of a stream of server-sent events, which must end in [DONE]."""
+    *events, done = "".join(chunks).strip().split("\n\n")
+    assert done == "data: [DONE]"
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 120) -> None:
+    """Block until `condition` is true; fails after `seconds`, which leave room for a busy machine."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not become true in time"
+        time.sleep(0.01)
+
+
+async def until(condition: Callable[[], Any], seconds: float = 120) -> None:
+    """`wait_until` for coroutines: the event loop goes on meanwhile."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 (the condition is another thread's)
+            await asyncio.sleep(0.002)
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Tensors of tiny models are much slower on two threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def longest_stall() -> Iterator[list[float]]:
+    """Inside a running event loop: `[seconds]` that the loop was blocked for at most, filled in at the end."""
+    stalls = [0.0]
+
+    async def tick() -> None:
+        while True:
+            begin = time.perf_counter()
+            await asyncio.sleep(0.005)
+            stalls[0] = max(stalls[0], time.perf_counter() - begin - 0.005)
+
+    task = asyncio.ensure_future(tick())
+    try:
+        yield stalls
+    finally:
+        task.cancel()
