@@ -55,8 +55,8 @@ class Hub:
         return str(self._control("push", name=name, files=encoded, branch=branch, access=access))
 
     def fault(self, part: str, *, times: int = 1 << 30, **what: float) -> None:
-        """For the next `times` requests: status=503, cut=<bytes sent before the connection breaks>,
-        rate=<bytes per second>, hold=<bytes sent before it waits for `go_on`>."""
+        """For the next `times` requests: status=503 (with retry_after=<seconds>), cut=<bytes sent
+        before the connection breaks>, rate=<bytes per second>, hold=<bytes sent before `go_on`>."""
         self._control("fault", part=part, times=times, what=what)
 
     def go_on(self) -> None:
@@ -103,8 +103,10 @@ def lfs(path: str, data: bytes) -> dict[str, Any] | None:
 
 
 class Refused(Exception):
-    def __init__(self, status: int, code: str = "", message: str = "") -> None:
-        self.status, self.code, self.message = status, code, message
+    def __init__(
+        self, status: int, code: str = "", message: str = "", retry_after: float | None = None
+    ) -> None:
+        self.status, self.code, self.message, self.retry_after = status, code, message, retry_after
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -130,10 +132,12 @@ class Handler(BaseHTTPRequestHandler):
                     what |= fault["what"]
         try:
             if "status" in what:
-                raise Refused(int(what["status"]))
+                raise Refused(int(what["status"]), retry_after=what.get("retry_after"))
             self.route(record, what)
         except Refused as refused:
             headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
+            if refused.retry_after is not None:
+                headers["Retry-After"] = f"{refused.retry_after:g}"
             self.answer(refused.status, b"{}", {k: v for k, v in headers.items() if v})
 
     def do_POST(self) -> None:

@@ -40,12 +40,11 @@ from shared.batching import DynamicBatcher
 from shared.errors import JobError, StartError
 from shared.hardware import pick_device
 from shared.jobs import Request, current_job, job_handler, start_config
-from shared.lock import lock
 from shared.logs import log
 from shared.media import encode_audio, load_audio, load_bytes
 from shared.openai_api import ModelList, ModelsRequest, OpenAIRequest
 from shared.settings import WorkerSettings, read_settings
-from shared.volume import ModelPath
+from shared.volume import ModelPath, lease
 
 if TYPE_CHECKING:
     import numpy as np
@@ -1218,7 +1217,7 @@ def convert(found: ModelPath, kind: str, name: str) -> Path:
     version = found.revision or f"{stamp:08x}"
     place = home.expanduser() / "ctranslate2" / found.name.strip("/").replace("/", "--")
     folder = place / f"{version}-{kind}-{ctranslate2.__version__}"
-    with lock(place / f"{folder.name}.lock"):
+    with lease(place / f"{folder.name}.lease"):
         if not (folder / "model.bin").exists():
             log.info("convert model=%s to=%s", name, folder)
             files = ("tokenizer.json", "preprocessor_config.json", "generation_config.json")

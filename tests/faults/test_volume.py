@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -18,13 +19,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from huggingface_hub import constants
 
-from shared import volume
-from shared.volume import HubUnreachable, resolve_model
+from shared import hub as hub_module
+from shared.hub import HubUnreachable
+from shared.volume import resolve_model
 from tests.hub import Hub, safetensors
+from tests.machine import DEAD_HUB, MODEL, content, use_machine, write
 
-NAME = "Org/Some-Model"
 REPOSITORY = Path(__file__).parents[2]
 # Twelve shards of different sizes, so that they are complete at different moments.
 SHARDS = {f"model-{n:05d}-of-00012.safetensors": safetensors(10_000 * n, n) for n in range(1, 13)}
@@ -38,39 +39,19 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def the_hub() -> Iterator[Hub]:
+def hub() -> Iterator[Hub]:
     with Hub() as hub:
-        hub.push(NAME, {**FILES, "pytorch_model.bin": b"x"})
+        hub.push(MODEL, {**FILES, "pytorch_model.bin": b"x"})
         yield hub
 
 
-@pytest.fixture
-def hub(the_hub: Hub) -> Hub:
-    the_hub.mend()
-    return the_hub
-
-
 @pytest.fixture(autouse=True)
-def machine(tmp_path: Path, the_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    (tmp_path / "volume").mkdir()
-    (tmp_path / "disk").mkdir()
-    variables = {
-        "RUNPOD_VOLUME_PATH": str(tmp_path / "volume"),
-        "XDG_CACHE_HOME": str(tmp_path / "disk"),
-        "BAKED_MODEL_DIR": str(tmp_path / "models"),
-        "RUNPOD_MODEL_STORE": str(tmp_path / "store"),
-        "HF_ENDPOINT": the_hub.url,
-        "PYTHONPATH": str(REPOSITORY),
-        "HF_HUB_DOWNLOAD_TIMEOUT": "100",
-    }
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    for name in ("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(volume, "_offline_is_ours", False)
+def machine(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "100")
     monkeypatch.setattr(Start, "logs", tmp_path)
-    yield tmp_path
+    yield use_machine(tmp_path, hub, monkeypatch)
     for start in Start.every:
         start.kill()
     Start.every.clear()
@@ -87,20 +68,20 @@ class Start:
         self.every.append(self)
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
-                [*inside, sys.executable, "-m", "tests.volume_start", NAME],
+                [*inside, sys.executable, "-m", "tests.faults.start", MODEL],
                 env={**os.environ, **{name: str(value) for name, value in settings.items()}},
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 text=True,
             )
-        self.until_it_says("ready\n")
+        self.wait_for_log("ready\n")
 
     @property
     def log(self) -> str:
         return self._log.read_text()
 
-    def until_it_says(self, part: str) -> None:
+    def wait_for_log(self, part: str) -> None:
         until(lambda: part in self.log or self.process.poll() is not None)
         assert part in self.log
 
@@ -111,24 +92,23 @@ class Start:
         return self
 
     def end(self) -> dict[str, Any]:
-        """What it said last."""
+        """Its last line."""
         self.process.communicate(timeout=120)
         assert self.process.returncode == 0, self.log
         *_, last = (line for line in self.log.splitlines() if line.startswith("{"))
-        said: dict[str, Any] = json.loads(last)
-        return said
+        result: dict[str, Any] = json.loads(last)
+        return result
 
     def kill(self) -> bool:
-        """Whether it was still at work."""
-        at_work = self.process.poll() is None
+        """Whether it was still running."""
+        was_running = self.process.poll() is None
         self.process.kill()
         self.process.communicate()
-        return at_work
+        return was_running
 
 
-def right(folder: str | Path) -> bool:
-    found = {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
-    return found == FILES
+def is_complete(folder: str | Path) -> bool:
+    return content(Path(folder)) == FILES
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -156,92 +136,96 @@ def test_eight_that_start_together_download_once(hub: Hub) -> None:
     waiting = "waiting for another worker"
     until(lambda: sum(waiting in start.log for start in starts) == 7)
     hub.go_on()
-    said = [start.end() for start in starts]
-    assert sorted(one["source"] for one in said) == ["download"] + ["volume"] * 7
-    assert len({one["path"] for one in said}) == 1
-    assert right(said[0]["path"])
+    results = [start.end() for start in starts]
+    assert sorted(one["source"] for one in results) == ["download"] + ["volume"] * 7
+    assert len({one["path"] for one in results}) == 1
+    assert is_complete(results[0]["path"])
     assert {path: hub.got(path) for path in FILES} == dict.fromkeys(FILES, 1)
     assert hub.got("pytorch_model.bin") == 0
     assert sum("/api/models" in request["line"] for request in hub.requests()) == 2, "by one of them"
 
 
 @pytest.mark.engine
-def test_when_the_one_that_downloads_is_killed_another_goes_on(hub: Hub, machine: Path) -> None:
+def test_another_worker_takes_over_from_a_killed_one(hub: Hub, machine: Path) -> None:
     hub.fault("GET /cdn", hold=5000)
     starts = [Start() for _ in range(4)]
     for start in starts:
         start.go()
     wait_for_download(hub)
-    (held,) = (machine / "volume").rglob(".locks/*@main/1")
-    holder = json.loads(held.read_text())["pid"]
+    (held,) = (machine / "volume").rglob(".locks/*@main.lease")
+    holder = int(re.search(r"^pid=(\d+)$", held.read_text(), re.MULTILINE)[1])  # type: ignore[index]
     (first,) = [start for start in starts if start.process.pid == holder]
     assert first.kill()
     hub.go_on()
-    said = [start.end() for start in starts if start is not first]
-    assert sorted(one["source"] for one in said) == ["download", "volume", "volume"]
-    assert all(right(one["path"]) for one in said)
+    results = [start.end() for start in starts if start is not first]
+    assert sorted(one["source"] for one in results) == ["download", "volume", "volume"]
+    assert all(is_complete(one["path"]) for one in results)
     assert max(hub.got(path) for path in FILES) <= 2
 
 
 @pytest.mark.engine
 def test_two_hosts_download_once(hub: Hub) -> None:
-    """The second waits for longer than STALE_S, while the first one's heartbeat goes on."""
+    """The second waits for longer than LEASE_S, while the first one's heartbeat goes on."""
     hub.fault("GET /cdn", hold=5000)
-    here = Start(TEST_HOST="here", TEST_STALE_S=4).go()
+    here = Start(TEST_HOST="here", TEST_LEASE_S=4).go()
     wait_for_download(hub)
-    there = Start(TEST_HOST="there", TEST_STALE_S=4).go()
-    there.until_it_says("waiting for another worker")
+    there = Start(TEST_HOST="there", TEST_LEASE_S=4).go()
+    there.wait_for_log("waiting for another worker")
     time.sleep(5)
     hub.go_on()
-    said = there.end()
-    assert (here.end()["source"], said["source"], right(said["path"])) == ("download", "volume", True)
+    result = there.end()
+    assert (here.end()["source"], result["source"], is_complete(result["path"])) == (
+        "download",
+        "volume",
+        True,
+    )
     assert {hub.got(path) for path in FILES} == {1}
 
 
 @pytest.mark.engine
 def test_a_lost_host_is_taken_over_when_its_heartbeat_stands_still(hub: Hub) -> None:
     hub.fault("GET /cdn", hold=5000)
-    here = Start(TEST_HOST="here", TEST_STALE_S=2).go()
+    here = Start(TEST_HOST="here", TEST_LEASE_S=2).go()
     wait_for_download(hub)
     assert here.kill()
     hub.mend()
-    there = Start(TEST_HOST="there", TEST_STALE_S=2).go()
-    said = there.end()
-    assert (said["source"], right(said["path"])) == ("download", True)
-    assert "taken over" in there.log
+    there = Start(TEST_HOST="there", TEST_LEASE_S=2).go()
+    result = there.end()
+    assert (result["source"], is_complete(result["path"])) == ("download", True)
+    assert "waiting for another worker" in there.log
 
 
 # ---- killed ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.engine
-def test_twenty_kills_leave_nothing_that_passes_for_whole(
+def test_twenty_kills_leave_nothing_that_counts_as_complete(
     hub: Hub, machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL at random moments of a download. What one leaves, the next one finds."""
+    """SIGKILL at random moments of a download. Each start finds what the last one left."""
     hub.fault("GET /cdn", rate=100_000)
-    monkeypatch.setattr(volume, "RETRY_S", ())
-    chance = random.Random(20)
+    monkeypatch.setattr(hub_module, "RETRY_S", ())
+    numbers = random.Random(20)
     duration = 5.0
     in_the_middle = 0
     while in_the_middle < 20:
-        start, moment = Start().go(), chance.random() * duration
+        start, moment = Start().go(), numbers.random() * duration
         with suppress(subprocess.TimeoutExpired):
             start.process.wait(moment)
-            duration = max(0.1, moment)  # so long it does not take
+            duration = max(0.1, moment)  # a download takes less
         in_the_middle += start.kill()
         assert "waiting for another worker" not in start.log, "the lock of a killed process is free at once"
         with monkeypatch.context() as patch:
-            patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+            patch.setenv("HF_ENDPOINT", DEAD_HUB)
             try:
-                model = resolve_model(NAME)
+                model = resolve_model(MODEL)
             except HubUnreachable:
                 continue
-        assert right(model.path), "a partial model was taken for a whole one"
+        assert is_complete(model.path), "an incomplete copy was used"
         shutil.rmtree(machine / "volume" / "huggingface-cache")
     hub.mend()
     last = Start().go()
-    assert right(last.end()["path"])
+    assert is_complete(last.end()["path"])
 
 
 # ---- the volume -----------------------------------------------------------------------------------------
@@ -265,64 +249,62 @@ def read_only(folder: Path) -> str:
     return f"mount --bind {folder} {folder} && mount -o remount,bind,ro {folder}"
 
 
-def test_a_read_only_volume_is_passed_over(hub: Hub, machine: Path) -> None:
+def test_a_read_only_volume_is_skipped(hub: Hub, machine: Path) -> None:
     start = Start(*mounted(read_only(machine / "volume"))).go()
-    said = start.end()
-    assert said["path"].startswith(f"{machine}/disk/")
-    assert right(said["path"])
+    result = start.end()
+    assert result["path"].startswith(f"{machine}/cache/")
+    assert is_complete(result["path"])
     assert "no download into" in start.log
     assert "Read-only file system" in start.log
 
 
 def test_read_only_everywhere_is_a_clear_error(hub: Hub, machine: Path) -> None:
-    inside = mounted(read_only(machine / "volume"), read_only(machine / "disk"))
-    said = Start(*inside).go().end()
-    assert said["code"] == "read_only"
-    assert "Read-only file system" in said["message"]
+    inside = mounted(read_only(machine / "volume"), read_only(machine / "cache"))
+    result = Start(*inside).go().end()
+    assert result["code"] == "read_only"
+    assert "Read-only file system" in result["message"]
 
 
 def test_a_read_only_host_cache_is_used_without_a_request(hub: Hub, machine: Path) -> None:
-    """A whole copy that no list came with, under its right name."""
+    """A complete copy without the hub's tree, under the model's own name."""
     folder = machine / "volume/huggingface-cache/hub/models--Org--Some-Model/snapshots" / ("c" * 40)
-    for path, data in FILES.items():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(data)
-    said = Start(*mounted(read_only(machine / "volume"))).go().end()
-    assert (said["source"], said["path"]) == ("host-cache", str(folder))
+    write(folder, FILES)
+    result = Start(*mounted(read_only(machine / "volume"))).go().end()
+    assert (result["source"], result["path"]) == ("host-cache", str(folder))
     assert hub.requests() == []
 
 
-def test_a_volume_that_is_too_small_is_passed_over(hub: Hub, machine: Path) -> None:
+def test_a_volume_that_is_too_small_is_skipped(hub: Hub, machine: Path) -> None:
     start = Start(*mounted(small(machine / "volume"))).go()
-    said = start.end()
-    assert right(said["path"])
-    assert said["path"].startswith(f"{machine}/disk/")
+    result = start.end()
+    assert is_complete(result["path"])
+    assert result["path"].startswith(f"{machine}/cache/")
     assert "0.8 MB needed, 0.4 MB free" in start.log
     assert {hub.got(path) for path in FILES} == {1}
 
 
 def test_a_volume_that_fills_up_is_left_empty(hub: Hub, machine: Path) -> None:
     """Its free space says nothing, as with a quota: ENOSPC comes in the middle."""
-    start = Start(*mounted(small(machine / "volume")), TEST_ROOMY=1).go()
-    said = start.end()
-    assert right(said["path"])
-    assert said["path"].startswith(f"{machine}/disk/")
-    assert said["left"] == []
+    start = Start(*mounted(small(machine / "volume")), TEST_SPACE=1).go()
+    result = start.end()
+    assert is_complete(result["path"])
+    assert result["path"].startswith(f"{machine}/cache/")
+    assert result["left"] == []
     assert "No space left" in start.log
 
 
 def test_a_full_disk_is_a_clear_error(hub: Hub, machine: Path) -> None:
-    inside = mounted(small(machine / "volume"), small(machine / "disk"))
-    said = Start(*inside, TEST_ROOMY=1).go().end()
-    assert said["code"] == "no_space"
-    assert said["again"]["code"] == "unreachable", "nothing that was left may pass for whole"
-    assert said["left"] == []
+    inside = mounted(small(machine / "volume"), small(machine / "cache"))
+    result = Start(*inside, TEST_SPACE=1).go().end()
+    assert result["code"] == "no_space"
+    assert result["again"]["code"] == "unreachable", "no leftover may count as complete"
+    assert result["left"] == []
 
 
-def test_files_that_can_not_be_written_whole(hub: Hub) -> None:
+def test_files_that_cannot_be_written_in_full(hub: Hub) -> None:
     """The same without mounts: the system refuses to let a file grow beyond 60 kB (EFBIG)."""
-    said = Start(TEST_LIMIT=60_000).go().end()
-    assert said["code"] == "no_space"
-    assert said["again"]["code"] == "unreachable"
-    assert said["left"] == []
-    assert right(Start().go().end()["path"])
+    result = Start(TEST_LIMIT=60_000).go().end()
+    assert result["code"] == "no_space"
+    assert result["again"]["code"] == "unreachable"
+    assert result["left"] == []
+    assert is_complete(Start().go().end()["path"])
