@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import JobError
-from shared.media import decode_base64, load_bytes
+from shared.decoding import decode_base64, load_bytes
 
 SPACES = " \t\n\r\v\f"
 STANDARD = string.ascii_letters + string.digits + "+/"

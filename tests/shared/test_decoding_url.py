@@ -12,7 +12,7 @@ import time
 import pytest
 
 from shared.errors import JobError
-from shared.media import load_bytes
+from shared.decoding import load_bytes
 
 SECRET = "hunter2"
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from shared.hardware import parallel_batches, share_cores
+from shared.device import parallel_batches, share_cores
 
 
 @pytest.mark.engine
