@@ -23,7 +23,7 @@ from shared.device import empty_cache, is_cuda_broken, is_out_of_memory
 from shared.errors import ENGINE_DIED, JobError, engine_died, invalid
 from shared.logs import job_id, log
 from shared.requests import Request, parse
-from shared.results import Result, has_bucket, to_plain, too_large, upload
+from shared.results import Result, has_bucket, posted_size, to_plain, too_large, upload
 from shared.settings import WorkerSettings
 
 __all__ = ["Job", "JobHandler", "Request", "job_handler", "start_config"]
@@ -160,10 +160,11 @@ class JobHandler:
         `{"url", "bytes"}`. Raises JobError(code="result_too_large") without a bucket.
         """
         content, data = await to_plain(result)
-        if len(data) > self.max_result_bytes:
-            job.check_size(len(data))
+        size = posted_size(data)
+        if size > self.max_result_bytes:
+            job.check_size(size)
             content = {"url": await asyncio.to_thread(upload, data, job.data), "bytes": len(data)}
-        return Result(content, len(data)) if isinstance(content, dict) else content
+        return Result(content, size) if isinstance(content, dict) else content
 
     def explain(self, error: Exception) -> tuple[JobError, bool]:
         """The client's error, and whether the worker should be replaced after this job.

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.errors import JobError
 from shared.decoding import decode_base64, load_bytes
+from shared.errors import JobError
 
 SPACES = " \t\n\r\v\f"
 STANDARD = string.ascii_letters + string.digits + "+/"

@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from shared.errors import JobError
 from shared.decoding import load_bytes
+from shared.errors import JobError
 
 SECRET = "hunter2"
 
