@@ -19,11 +19,6 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
 
-def as_list(value: Any) -> Any:
-    """For a BeforeValidator on a list of texts: one text is a list of one, null an empty list."""
-    return [] if value is None else [value] if isinstance(value, str) else value
-
-
 def parse(
     payload: Any, requests: Sequence[type[BaseModel]], routes: Mapping[str, type[BaseModel]]
 ) -> BaseModel:
@@ -75,6 +70,11 @@ def validate(model: type[BaseModel], payload: dict[str, Any]) -> BaseModel:
         problems = error.errors(include_url=False)
         unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
         raise _explain((unknown or problems)[0], model) from None
+
+
+def as_list(value: Any) -> Any:
+    """For a BeforeValidator: a lone text as a list of it, null as an empty list."""
+    return [] if value is None else [value] if isinstance(value, str) else value
 
 
 def _explain(problem: ErrorDetails, model: type[BaseModel]) -> JobError:
