@@ -103,11 +103,11 @@ def closure(start: Path, root: Path) -> set[Path]:
     return {file.relative_to(root) for file in files}
 
 
-def copied(dockerfile: Path, root: Path) -> set[Path]:
-    """The modules of `serving` that the image gets. Asserts that each keeps its path."""
+def copied(dockerfile: Path, root: Path, lines: str = r"serving\b.*") -> set[Path]:
+    """The modules of the COPY instructions that match `lines`. Asserts that each keeps its path."""
     text = re.sub(r"\\\n", " ", dockerfile.read_text())
     files: set[Path] = set()
-    for line in re.findall(r"^COPY +(serving\b.*)$", text, re.MULTILINE):
+    for line in re.findall(rf"^COPY +({lines})$", text, re.MULTILINE):
         *sources, target = line.split()
         for source in sources:
             path = root / source
@@ -204,6 +204,13 @@ def test_dockerfile_copies_what_the_handler_imports(name: str) -> None:
     folder = ROOT / "workers" / name
     needed = {path for path in closure(folder / "handler.py", ROOT) if path.parts[0] == "serving"}
     assert sorted(copied(folder / "Dockerfile", ROOT)) == sorted(needed)
+
+
+@pytest.mark.parametrize("name", worker_names())
+def test_dockerfile_bakes_with_what_the_bake_imports(name: str) -> None:
+    """An edit of any other module keeps the baked model. An image without a bake has no such line."""
+    files = copied(ROOT / "workers" / name / "Dockerfile", ROOT, r"shared/.*")
+    assert sorted(files) in ([], sorted(closure(ROOT / "shared/bake.py", ROOT)))
 
 
 # ---- the rules above, on a tree of their own -----------------------------------------------------------
