@@ -78,7 +78,7 @@ def one_torch_thread() -> Iterator[None]:
 
 @contextmanager
 def longest_stall() -> Iterator[list[float]]:
-    """Inside a running event loop: `[seconds]` that the loop was blocked for at most, filled in at the end."""
+    """Inside a running event loop: `[seconds]`, the longest time that the loop was blocked for."""
     stalls, last = [0.0], time.perf_counter()
 
     def measure() -> None:
