@@ -80,3 +80,8 @@ def test_a_secret_is_in_no_repr_and_no_error(monkeypatch: pytest.MonkeyPatch) ->
         read_settings(Settings)
     assert "123456" not in caught.value.message
     assert caught.value.message.startswith("PIN: ")
+
+
+def test_clients_know_the_model_by_its_served_name() -> None:
+    assert Settings().public_name == "some/model"
+    assert Settings(served_model_name="mine").public_name == "mine"
