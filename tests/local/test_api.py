@@ -11,10 +11,10 @@ import aiohttp
 import pytest
 import requests
 import runpod
-from tests.local.conftest import RULES, Client, until
 from runpod import AsyncioEndpoint, AsyncioJob, Endpoint
 
 from local import Platform
+from tests.local.conftest import RULES, Client, until
 
 pytestmark = pytest.mark.engine
 

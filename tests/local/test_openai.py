@@ -8,9 +8,9 @@ import openai
 import pytest
 import requests
 import runpod
-from tests.local.conftest import HANDLERS, RULES, Client, until
 
 from local import running
+from tests.local.conftest import HANDLERS, RULES, Client, until
 
 pytestmark = pytest.mark.engine
 

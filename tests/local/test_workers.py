@@ -18,10 +18,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 import requests
-from tests.local.conftest import HANDLERS, RULES, Client, until
 
 from local import Platform, WorkerFailed, WorkerProcess, running
 from local.platform import ROOT
+from tests.local.conftest import HANDLERS, RULES, Client, until
 
 pytestmark = pytest.mark.engine
 
