@@ -1,10 +1,10 @@
 """Writes the tables in the READMEs from the code, between markers: `make docs`.
 
 In workers/<name>/README.md:
-    <!-- settings --> ... <!-- /settings -->                    the environment, from the handler's Settings
-    <!-- fields EmbedRequest --> ... <!-- /fields -->            a pydantic model that the handler names
+    <!-- settings --> ... <!-- /settings -->                    the environment, from Settings in schemas.py
+    <!-- fields EmbedRequest --> ... <!-- /fields -->            a pydantic model of schemas.py
 In README.md:
-    <!-- workers --> ... <!-- /workers -->                       a row for each worker
+    <!-- workers --> ... <!-- /workers -->                       a line for each worker
 
 With --check it writes nothing and fails when a table is not what the code says.
 """
@@ -120,32 +120,43 @@ def model_table(model: type[BaseModel], first: str, *, upper: bool = False) -> s
 def workers_table(root: Path = ROOT) -> str:
     rows = []
     for name, row in sorted(bake_table(root).items()):
-        default = load_module(name, "schemas").Settings.model_fields["model_name"].default
+        default = find_model(load_module(name, "schemas"), "Settings").model_fields["model_name"].default
         model = f"`{default}`" if isinstance(default, str) else "set `MODEL_NAME`"
         rows.append([f"[{name}](workers/{name}/README.md)", row["about"], model])
     return markdown(["Worker", "What it does", "Default model"], rows)
 
 
+def find_model(module: ModuleType, name: str) -> type[BaseModel]:
+    """The model `name` of a worker's schemas. Raises SystemExit that names those that there are."""
+    models = {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, BaseModel) and value.__module__ != "shared.settings"
+    }
+    if name not in models:
+        file = module.__name__.replace(".", "/") + ".py"
+        raise SystemExit(f"{file} has no model {name}. It has {', '.join(sorted(models)) or 'none'}.")
+    return models[name]
+
+
 def render(text: str, module: ModuleType | None, root: Path = ROOT) -> str:
     """`text` with everything between markers replaced by what the code says now.
 
-    Raises SystemExit when a marker names a model that the worker's schemas do not have.
+    module: the worker's schemas; None for the root's README, which has only the table of workers.
+    Raises SystemExit when a marker names a model that the schemas do not have.
     """
 
     def table(match: re.Match[str]) -> str:
         opening, what, name, closing = match.groups()
         if what == "workers":
-            body = workers_table(root)
-        elif what == "settings":
-            body = model_table(module.Settings, "Variable", upper=True)  # type: ignore[union-attr]
-        else:
-            model = getattr(module, name, None)
-            if model is None:
-                raise SystemExit(
-                    f"<!-- fields {name} -->: {module.__name__ if module else 'no module'} has no such model."
-                )
-            body = model_table(model, "Field")
-        return opening + body + closing
+            return opening + workers_table(root) + closing
+        assert module is not None, f"{opening.strip()} belongs into the README of a worker"
+        if what == "settings":
+            return opening + model_table(find_model(module, "Settings"), "Variable", upper=True) + closing
+        try:
+            return opening + model_table(find_model(module, name), "Field") + closing
+        except SystemExit as error:
+            raise SystemExit(f"README.md asks for {opening.strip()}, and {error}") from None
 
     return MARKED.sub(table, text)
 

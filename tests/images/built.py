@@ -179,7 +179,7 @@ def built() -> Callable[[str], str]:
                 if worker in STAND_INS:
                     STAND_INS[worker](os.environ.get("BASE_IMAGE") or PYTHON_BASE, env["BASE_IMAGE"])
                 subprocess.run(["make", f"build-{worker}"], cwd=ROOT, env=os.environ | env, check=True)
-            command = [sys.executable, "-m", "tools.images", "name", worker]
+            command = [sys.executable, "-m", "tools.images", worker]
             done[worker] = subprocess.check_output(command, cwd=ROOT, env=os.environ | env, text=True).strip()
         return done[worker]
 
