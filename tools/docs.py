@@ -131,11 +131,12 @@ def find_model(module: ModuleType, name: str) -> type[BaseModel]:
     models = {
         key: value
         for key, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, BaseModel) and value.__module__ != "shared.settings"
+        if isinstance(value, type) and issubclass(value, BaseModel) and value.model_fields
     }
     if name not in models:
         file = module.__name__.replace(".", "/") + ".py"
-        raise SystemExit(f"{file} has no model {name}. It has {', '.join(sorted(models)) or 'none'}.")
+        there = ", ".join(sorted(models.keys() - {"WorkerSettings"})) or "none"
+        raise SystemExit(f"{file} has no model {name}. Its models: {there}.")
     return models[name]
 
 
@@ -153,10 +154,7 @@ def render(text: str, module: ModuleType | None, root: Path = ROOT) -> str:
         assert module is not None, f"{opening.strip()} belongs into the README of a worker"
         if what == "settings":
             return opening + model_table(find_model(module, "Settings"), "Variable", upper=True) + closing
-        try:
-            return opening + model_table(find_model(module, name), "Field") + closing
-        except SystemExit as error:
-            raise SystemExit(f"README.md asks for {opening.strip()}, and {error}") from None
+        return opening + model_table(find_model(module, name), "Field") + closing
 
     return MARKED.sub(table, text)
 
@@ -170,7 +168,10 @@ def stale(root: Path = ROOT, *, write: bool = False) -> list[str]:
     found = []
     for page, module in pages:
         text = page.read_text()
-        new = render(text, module, root)
+        try:
+            new = render(text, module, root)
+        except SystemExit as error:
+            raise SystemExit(f"{page.relative_to(root)}: a table cannot be written: {error}") from None
         if new != text:
             found.append(str(page.relative_to(root)))
             if write:

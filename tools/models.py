@@ -132,6 +132,10 @@ def engine_env(worker: str) -> dict[str, str]:
 
 
 def local_env(worker: str) -> dict[str, str]:
-    """Environment variables with which `worker` runs on this machine: a model at hand, and no hub."""
-    make = _LOCAL.get(worker, dict)
-    return {"HF_HUB_OFFLINE": "1", **engine_env(worker), **make()}
+    """Environment variables with which `worker` runs on this machine: a model at hand, and no hub.
+
+    A worker without a model of the project's own takes its default model from the hub.
+    """
+    if worker not in _LOCAL:
+        return engine_env(worker)
+    return {"HF_HUB_OFFLINE": "1", **engine_env(worker), **_LOCAL[worker]()}

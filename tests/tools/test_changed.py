@@ -55,10 +55,7 @@ def test_an_edit_in_serving_builds_only_images_that_import_it(part: str) -> None
     ("path", "expected"),
     [
         *((path, WORKERS) for path in ("shared/volume.py", "docker-bake.hcl", ".dockerignore")),
-        (
-            "workers/torch.txt",
-            [name for name in WORKERS if "workers/torch.txt" in read(f"workers/{name}/Dockerfile")],
-        ),
+        ("workers/torch.txt", TORCH),
         ("shared/requirements.in", []),
         ("workers/bge/README.md", []),
         ("workers/bge/requirements.in", []),

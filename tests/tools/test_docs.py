@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -52,11 +53,16 @@ def test_render_writes_between_its_markers_and_nowhere_else() -> None:
     assert docs.render(new, module) == new
 
 
-def test_a_marker_of_a_model_that_was_renamed_names_those_that_there_are() -> None:
-    module = load_module("sentence-transformers", "schemas")
+def test_a_marker_of_a_model_that_was_renamed_names_those_that_there_are(tmp_path: Path) -> None:
+    """As `make docs` prints it."""
+    (tmp_path / "README.md").touch()
+    page = tmp_path / "workers/sentence-transformers/README.md"
+    page.parent.mkdir(parents=True)
+    page.write_text("<!-- fields OldRequest -->\n<!-- /fields -->")
     with pytest.raises(SystemExit) as caught:
-        docs.render("<!-- fields OldRequest -->\n<!-- /fields -->", module)
-    text = str(caught.value)
-    assert "asks for <!-- fields OldRequest -->" in text
-    assert "workers/sentence-transformers/schemas.py has no model OldRequest" in text
-    assert "It has EmbedRequest, EmbedResponse, " in text
+        docs.stale(tmp_path)
+    assert str(caught.value) == (
+        "workers/sentence-transformers/README.md: a table cannot be written: "
+        "workers/sentence-transformers/schemas.py has no model OldRequest. Its models: EmbedRequest, "
+        "EmbedResponse, EmbeddingsRequest, EmbeddingsResponse, Settings."
+    )
