@@ -128,7 +128,7 @@ class Platform:
             self._queue.expire()
 
     def _ended(self, job: Job) -> None:
-        if "webhook" in job.work:
+        if "webhook" in job.payload:
             rules = self.rules
             self._spawn(call_webhook(self._session, job, rules.webhook_retries, rules.webhook_delay))
 

@@ -1,7 +1,7 @@
 """The platform's HTTP: what the SDK in a worker speaks, and what RunPod's clients speak.
 
 Where RunPod documents nothing, this does what people report of the live platform ("observed"), and where
-nobody does, an assumption is made; each is said where it applies.
+nobody does, an assumption is made; both are noted where they apply.
 """
 
 from __future__ import annotations
@@ -86,41 +86,41 @@ class WorkerSide:
         return _json(jobs) if jobs else web.Response(status=204)
 
     async def _take(self, worker: WorkerProcess, limit: int) -> list[dict[str, Any]]:
-        worker.asked()
-        if worker.leaving or worker.silent:
+        worker.polled()
+        if worker.draining or worker.unresponsive:
             await asyncio.sleep(0.2)
             return []
         answer: asyncio.Future[list[Job]] = asyncio.get_running_loop().create_future()
         deliver = answer.set_result
-        self._queue.ask(worker.id, limit, deliver)
+        self._queue.poll(worker.id, limit, deliver)
         try:
-            await asyncio.wait({answer}, timeout=self._rules.poll)
+            await asyncio.wait({answer}, timeout=self._rules.poll_timeout)
         except asyncio.CancelledError:
             if answer.done():
-                self._queue.give_back(answer.result())
+                self._queue.requeue(answer.result())
             raise
         finally:
-            self._queue.withdraw(worker.id, deliver)
+            self._queue.cancel_poll(worker.id, deliver)
         jobs = answer.result() if answer.done() else []
         worker.jobs_taken += len(jobs)
-        return [job.work for job in jobs]
+        return [job.payload for job in jobs]
 
     async def stop(self, request: web.Request) -> web.StreamResponse:
         worker = self._worker(request)
         answer: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
         deliver = answer.set_result
-        self._queue.listen(worker.id, deliver)
+        self._queue.poll_stops(worker.id, deliver)
         try:
-            await asyncio.wait({answer}, timeout=0.2 if worker.leaving else self._rules.poll)
+            await asyncio.wait({answer}, timeout=0.2 if worker.draining else self._rules.poll_timeout)
         finally:
-            self._queue.unlisten(worker.id, deliver)
+            self._queue.cancel_stop_poll(worker.id, deliver)
         jobs = answer.result() if answer.done() else []
         # After an empty answer the SDK sleeps for a second: an id that is no job's lets it leave at once.
-        return _json({"jobsToStop": jobs or [""] * worker.leaving})
+        return _json({"jobsToStop": jobs or [""] * worker.draining})
 
     async def ping(self, request: web.Request) -> web.StreamResponse:
         worker = self._worker(request)
-        worker.pinged()
+        worker.ping_received()
         self._queue.ping(worker.id, filter(None, request.query.get("job_id", "").split(",")))
         return web.Response()
 
@@ -140,7 +140,7 @@ class WorkerSide:
             self._queue.report(worker.id, name, {})
             raise
         self._queue.report(worker.id, name, report)
-        if worker.wanted and (worker.leaving or report.get("stopPod")):
+        if worker.replace_on_exit and (worker.draining or report.get("stopPod")):
             worker.refresh()
         return web.Response()
 
@@ -169,8 +169,8 @@ class ClientSide:
         return _json({"id": job.id, "status": State.IN_QUEUE})
 
     async def runsync(self, request: web.Request) -> web.StreamResponse:
-        """Waits for `?wait=` milliseconds, held to the allowed range (an assumption). A client that hangs up
-        leaves the job running.
+        """Waits for `?wait=` milliseconds, clamped to the allowed range (an assumption). A client that
+        disconnects leaves the job running.
         """
         low, high = self._rules.wait_range
         try:
@@ -203,7 +203,7 @@ class ClientSide:
         return _json({"id": job.id, "status": State.IN_QUEUE})
 
     async def purge(self, request: web.Request) -> web.StreamResponse:
-        """What waited counts as cancelled (an assumption), so that whoever waits for it is told."""
+        """Queued jobs count as cancelled (an assumption), so that their clients get an answer."""
         return _json({"removed": self._queue.purge(), "status": "completed"})
 
     async def health(self, request: web.Request) -> web.StreamResponse:
@@ -218,7 +218,7 @@ class ClientSide:
 
         With `"stream": true` the answer is an event stream: text goes out as it comes, anything else as a
         `data:` event, an error as the last one (an assumption; OpenAI's client raises it). A client that
-        hangs up cancels the job, whose rest nobody could read; without a stream the job runs on.
+        disconnects cancels the job; without a stream the job runs on.
         """
         work: dict[str, Any] = {"openai_route": "/" + request.match_info["route"]}
         if request.method == "POST":
@@ -260,7 +260,7 @@ class ClientSide:
         return self._queue.submit(body, sync=sync, workers=len(self._fleet.workers))
 
     def _job(self, request: web.Request) -> Job:
-        return self._queue.find(request.match_info["job"])
+        return self._queue.get(request.match_info["job"])
 
 
 async def call_webhook(session: ClientSession, job: Job, retries: int, delay: float) -> None:
@@ -269,7 +269,7 @@ async def call_webhook(session: ClientSession, job: Job, retries: int, delay: fl
         if attempt:
             await asyncio.sleep(delay)
         with contextlib.suppress(ClientError, TimeoutError):
-            post = session.post(job.work["webhook"], json=job.describe(), timeout=ClientTimeout(total=30))
+            post = session.post(job.payload["webhook"], json=job.describe(), timeout=ClientTimeout(total=30))
             async with post as response:
                 if response.status == 200:
                     return
@@ -333,7 +333,7 @@ def _json(body: Any, status: int = 200) -> web.Response:
     try:
         text.encode()
     except UnicodeEncodeError:
-        text = json.dumps(body)  # half a surrogate pair, which JSON can name and UTF-8 cannot hold
+        text = json.dumps(body)  # a lone surrogate, which JSON can escape and UTF-8 cannot encode
     return _json_text(text, status)
 
 

@@ -1,4 +1,4 @@
-"""Worker processes: started with the platform's environment, watched, replaced, and never left behind."""
+"""Worker processes: started with the platform's environment, watched, drained, replaced, never orphaned."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class WorkerProcess:
         self.ready_after: float | None = None
         self.returncode: int | None = None
         self.jobs_taken = 0
-        self.leaving = False  # Gets no more jobs: it was told to terminate, or asks to be refreshed.
-        self.wanted = True  # A new one takes its place when it ends.
-        self.silent = False  # Its pings have stopped.
+        self.draining = False  # Gets no more jobs: it was terminated, or asks to be refreshed.
+        self.replace_on_exit = True  # Another process replaces it when it exits.
+        self.unresponsive = False  # Its pings have stopped.
         self._killed = False
         self._lines: deque[str] = deque(maxlen=_LINES)
         self._fleet = fleet
@@ -79,17 +79,17 @@ class WorkerProcess:
 
     @property
     def state(self) -> str:
-        """initializing, idle, running, draining, unhealthy (failed, or no longer heard of) or exited."""
+        """initializing, idle, running, draining, unhealthy (failed, or without pings) or exited."""
         if not self.alive:
             expected = self.returncode == 0 and self.ready_after is not None
-            return "exited" if expected or self._killed or not self.wanted else "unhealthy"
-        if self.leaving:
+            return "exited" if expected or self._killed or not self.replace_on_exit else "unhealthy"
+        if self.draining:
             return "draining"
-        if self.silent:
+        if self.unresponsive:
             return "unhealthy"
         if self.ready_after is None:
             return "initializing"
-        return "running" if self._fleet.queue.held(self.id) else "idle"
+        return "running" if self._fleet.queue.leased(self.id) else "idle"
 
     def kill(self) -> None:
         """SIGKILL to the process and all that it has started. It is replaced, as after a crash."""
@@ -99,31 +99,31 @@ class WorkerProcess:
 
     def terminate(self) -> None:
         """Send SIGTERM, and SIGKILL when the grace is over. It finishes its jobs and is not replaced."""
-        self.wanted, self.leaving = False, True
-        self._fleet.loop.call_soon_threadsafe(self._leave)
+        self.replace_on_exit, self.draining = False, True
+        self._fleet.loop.call_soon_threadsafe(self._drain)
 
     def refresh(self) -> None:
-        """Have it replaced as soon as its jobs have ended; it gets no more of them."""
-        self.leaving = True
-        self._fleet.queue.dismiss(self.id)
-        if not self._fleet.queue.held(self.id):
-            self._leave()
+        """Drain it: it gets no more jobs, and is replaced when those that it has end."""
+        self.draining = True
+        self._fleet.queue.end_polls(self.id)
+        if not self._fleet.queue.leased(self.id):
+            self._drain()
 
-    def asked(self) -> None:
-        """It asks for a job: it is ready."""
+    def polled(self) -> None:
+        """It polls for a job, so it is ready."""
         if self.ready_after is None:
             self.ready_after = time.monotonic() - self._started
-            self.pinged()
-            self._fleet.changed()
+            self.ping_received()
+            self._fleet.notify()
 
-    def pinged(self) -> None:
+    def ping_received(self) -> None:
         self._last_ping = time.monotonic()
 
     def check_pings(self, patience: float) -> None:
         """Give it no jobs while its last ping is older than `patience` seconds."""
-        self.silent = self.ready_after is not None and time.monotonic() - self._last_ping > patience
-        if self.silent:
-            self._fleet.queue.dismiss(self.id)
+        self.unresponsive = self.ready_after is not None and time.monotonic() - self._last_ping > patience
+        if self.unresponsive:
+            self._fleet.queue.end_polls(self.id)
 
     async def start(self, env: Mapping[str, str]) -> None:
         """Start the process, in a session of its own."""
@@ -150,7 +150,7 @@ class WorkerProcess:
                 stderr=write,
                 start_new_session=True,
             )
-            # Should this process die without a chance to clean up, its workers end too.
+            # If this process is killed and cannot clean up, its workers end too.
             numbers = [str(number) for number in (os.getpid(), self.pid, self._fleet.rules.grace)]
             self._guard = await asyncio.create_subprocess_exec(
                 sys.executable, "-I", "-S", reaper.__file__, *numbers,
@@ -164,8 +164,8 @@ class WorkerProcess:
         finally:
             os.close(write)
 
-    async def ended(self) -> None:
-        """Wait for its end, and end what it leaves behind, such as the SDK's heartbeat process."""
+    async def wait(self) -> None:
+        """Wait for its exit, and end the processes that it leaves, such as the SDK's heartbeat."""
         assert self._process is not None
         code = await self._process.wait()
         self._signal_group()
@@ -178,9 +178,9 @@ class WorkerProcess:
         self._pipe.close()
         self.returncode = code
 
-    def _leave(self) -> None:
+    def _drain(self) -> None:
         # Its long polls end first: a job that they bring after SIGTERM may never be started.
-        self._fleet.queue.dismiss(self.id)
+        self._fleet.queue.end_polls(self.id)
         if self.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)
@@ -240,7 +240,7 @@ class Fleet:
     def __init__(self, queue: Queue, rules: Rules, *, endpoint_id: str, echo: bool = False) -> None:
         self.queue, self.rules, self.endpoint_id, self.echo = queue, rules, endpoint_id, echo
         self.workers: list[WorkerProcess] = []
-        self._keepers: set[asyncio.Task[None]] = set()
+        self._supervisors: set[asyncio.Task[None]] = set()
         self._change = asyncio.Event()
         self._stop = asyncio.Event()
 
@@ -251,9 +251,9 @@ class Fleet:
         worker = WorkerProcess(self, command, cwd, env)
         await worker.start(self._environment(worker.id))
         self.workers.append(worker)
-        keeper = asyncio.create_task(self._keep(worker))
-        self._keepers.add(keeper)
-        keeper.add_done_callback(self._keepers.discard)
+        supervisor = asyncio.create_task(self._supervise(worker))
+        self._supervisors.add(supervisor)
+        supervisor.add_done_callback(self._supervisors.discard)
         return worker
 
     def get(self, worker_id: str) -> WorkerProcess | None:
@@ -261,7 +261,7 @@ class Fleet:
         return next((worker for worker in self.workers if worker.id == worker_id and worker.alive), None)
 
     def health(self) -> dict[str, int]:
-        """The `workers` half of /health. `ready` equals `idle`, as on RunPod (observed)."""
+        """The `workers` of /health. `ready` equals `idle`, as on RunPod (observed)."""
         states = [worker.state for worker in self.workers]
         names = ("idle", "initializing", "ready", "running", "throttled", "unhealthy")
         counts = {name: states.count(name) for name in names}
@@ -278,13 +278,13 @@ class Fleet:
                     )
             await self._change.wait()
 
-    def changed(self) -> None:
-        """Wake who waits in `ready`."""
+    def notify(self) -> None:
+        """Wake the waiters in `ready`."""
         self._change.set()
         self._change = asyncio.Event()
 
     def check_pings(self) -> None:
-        """Find the workers whose pings have stopped."""
+        """Mark the workers whose pings have stopped as unresponsive."""
         for worker in self.workers:
             worker.check_pings(self.rules.missed_pings * self.rules.ping_interval)
 
@@ -293,25 +293,25 @@ class Fleet:
         self._stop.set()
         for worker in self.workers:
             worker.terminate()
-        await asyncio.gather(*self._keepers)
+        await asyncio.gather(*self._supervisors)
 
-    async def _keep(self, worker: WorkerProcess) -> None:
+    async def _supervise(self, worker: WorkerProcess) -> None:
         failures = 0
         while True:
-            await worker.ended()
-            self.queue.leave(worker.id)
-            self.changed()
+            await worker.wait()
+            self.queue.drop_worker(worker.id)
+            self.notify()
             if worker.returncode == 0 and worker.ready_after is not None:
                 failures = 0
             else:
                 failures = 1 if worker.jobs_taken else failures + 1
-            if worker.wanted and failures:
+            if worker.replace_on_exit and failures:
                 if failures > self.rules.restarts:
                     return
                 with contextlib.suppress(TimeoutError):
                     delay = self.rules.restart_delay * 2 ** (failures - 1)
                     await asyncio.wait_for(self._stop.wait(), delay)
-            if not worker.wanted:
+            if not worker.replace_on_exit:
                 self.workers.remove(worker)
                 return
             successor = WorkerProcess(self, worker.command, worker.cwd, worker.env)

@@ -1,6 +1,8 @@
 """Streams and the OpenAI routes, spoken by the official clients."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import requests
 import runpod
 
 from local import running
+from local.examples import openai_example
 from tests.local.conftest import HANDLERS, RULES, Client, until
 
 pytestmark = pytest.mark.engine
@@ -88,6 +91,31 @@ def test_a_streamed_chat_arrives_as_it_is_made(client: openai.OpenAI, tmp_path: 
         arrived.append(part.choices[0].delta.content)
         gate.write_text("x" * len(arrived))
     assert arrived == ["naïve", "🙂", "漢字"]
+
+
+@pytest.mark.parametrize(
+    ("routes", "printed"),
+    [
+        (["/v1/models"], "tiny"),
+        (["/v1/models", "/v1/embeddings"], "[2, 2]"),
+        (
+            ["/v1/embeddings", "/v1/chat/completions"],
+            "Sayhellointhreelanguages.",
+        ),  # the handler splits at spaces
+        (["/v1/audio/transcriptions"], "{'text': 'transcribed abc'}"),
+        (["/v1/audio/speech"], "13"),
+    ],
+)
+def test_the_examples_that_serve_prints_work(
+    tokens: Client, tmp_path: Path, routes: list[str], printed: str
+) -> None:
+    test_input = tmp_path / "test_input.json"
+    test_input.write_text('{"input": {"audio": "abc"}}')
+    example = openai_example(routes, url=tokens.platform.openai_url, test_input=test_input)
+    assert example is not None
+    command = [sys.executable, "-c", example]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == printed
 
 
 def test_an_error_is_answered_with_200_and_its_object(tokens: Client, client: openai.OpenAI) -> None:

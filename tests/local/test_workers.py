@@ -315,14 +315,9 @@ def test_the_command_line_serves_and_its_example_works(tmp_path: Path) -> None:
         guide = ""
         while "Ctrl-C" not in guide:
             guide += server.stdout.readline()
-        curl = guide[guide.index("curl -s") : guide.index("\n\nWith OpenAI")]
+        curl = guide[guide.index("curl -s") : guide.index("\n\nCtrl-C")]
         answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True).stdout
         assert "it's naïve" in answer
-        python = guide[guide.index("from openai") : guide.index("\n\nCtrl-C")]
-        answer = subprocess.run(
-            [sys.executable, "-c", python], capture_output=True, text=True, check=True
-        ).stdout
-        assert answer == "[2, 2]\n"
         server.send_signal(signal.SIGINT)
         assert server.wait(60) == 0
     url = re.search(r"http://\S+/v2/local", guide)
