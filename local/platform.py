@@ -13,10 +13,13 @@ from typing import Any, TypeVar
 
 from aiohttp import ClientSession, web
 
+from local.client_api import call_webhook
 from local.containers import Container
-from local.queue import Job, Queue, Rules
-from local.server import call_webhook, make_app
-from local.workers import Fleet, WorkerProcess
+from local.fleet import Fleet
+from local.jobs import Job, Rules
+from local.queue import Queue
+from local.server import make_app
+from local.workers import WorkerProcess
 
 T = TypeVar("T")
 

@@ -1,5 +1,4 @@
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +6,7 @@ import pytest
 import requests
 
 from local import Platform, Rules, running
+from tests.helpers import wait_until
 
 HANDLERS = Path(__file__).parent / "handlers"
 # RunPod's own bounds for the deadlines are too long for a test.
@@ -56,16 +56,8 @@ class Client:
             job = self.get(f"status/{name}")
             return job["status"] in (states or final)
 
-        until(there, seconds)
+        wait_until(there, seconds)
         return job
-
-
-def until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    """Wait for `condition`; fails after `seconds`, which leave room for a busy machine."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

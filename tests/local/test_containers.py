@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from local import Container, running
-from tests.local.conftest import HANDLERS, RULES, Client, until
+from tests.helpers import wait_until
+from tests.local.conftest import HANDLERS, RULES, Client
 
 pytestmark = pytest.mark.engine
 
@@ -46,7 +47,7 @@ def test_a_container_is_run_told_and_removed(tmp_path: Path, monkeypatch: pytest
         assert "--env=RUNPOD_WEBHOOK_GET_JOB" in run
         assert "LEFT_OUT" not in run
         worker.kill()
-        until(lambda: platform.workers[0].id != worker.id and platform.workers[0].state == "idle")
+        wait_until(lambda: platform.workers[0].id != worker.id and platform.workers[0].state == "idle")
         assert client.runsync(value=6)["status"] == "COMPLETED"
         replacement = platform.workers[0]
     removed = [line.split()[-1] for line in log.read_text().splitlines() if line.startswith("rm")]

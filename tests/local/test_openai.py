@@ -13,7 +13,8 @@ import runpod
 
 from local import running
 from local.examples import openai_example
-from tests.local.conftest import HANDLERS, RULES, Client, until
+from tests.helpers import wait_until
+from tests.local.conftest import HANDLERS, RULES, Client
 
 pytestmark = pytest.mark.engine
 
@@ -52,7 +53,7 @@ def test_a_chunk_of_a_stream_comes_when_it_is_there(tokens: Client, tmp_path: Pa
             gate.write_text("x" * len(arrived))
         return part["status"] == "COMPLETED" and not part["stream"]
 
-    until(read)
+    wait_until(read)
     assert arrived == ["token 0", "token 1", "token 2"]
 
 
@@ -154,5 +155,5 @@ def test_a_reader_that_hangs_up_stops_the_job(tokens: Client, notes: Path) -> No
         event = next(lines)
         assert json.loads(event.removeprefix(b"data: "))["choices"][0]["delta"]["content"] == "a"
         assert "cancelled" not in notes.read_text()
-    until(lambda: "cancelled" in notes.read_text())
-    until(lambda: tokens.get("health")["jobs"]["inProgress"] == 0)
+    wait_until(lambda: "cancelled" in notes.read_text())
+    wait_until(lambda: tokens.get("health")["jobs"]["inProgress"] == 0)

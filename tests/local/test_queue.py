@@ -8,7 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from local.queue import Job, Queue, Refused, Rules, State
+from local.jobs import Job, Refused, Rules, State
+from local.queue import Queue
 
 INPUT = {"input": {"n": 1}}
 

@@ -21,7 +21,8 @@ import requests
 
 from local import Platform, WorkerFailed, WorkerProcess, running
 from local.platform import ROOT
-from tests.local.conftest import HANDLERS, RULES, Client, until
+from tests.helpers import wait_until
+from tests.local.conftest import HANDLERS, RULES, Client
 
 pytestmark = pytest.mark.engine
 
@@ -81,14 +82,14 @@ def test_the_platforms_environment_and_log(three: Client) -> None:
 def test_a_killed_worker_loses_its_job_to_another(three: Client, notes: Path, tmp_path: Path) -> None:
     name = three.run(gate=str(tmp_path / "gate"))
     victim = who_runs(three, name)
-    until(lambda: starts(notes, name) == [victim.id])
+    wait_until(lambda: starts(notes, name) == [victim.id])
     os.kill(victim.pid, signal.SIGKILL)
     (tmp_path / "gate").touch()
     job = three.wait(name)
     assert (job["status"], job["retries"]) == ("COMPLETED", 1)
     assert job["workerId"] == job["output"]["worker"] != victim.id
     assert starts(notes, name) == [victim.id, job["workerId"]]
-    until(lambda: not group(victim.pid))  # Its heartbeat has gone with it.
+    wait_until(lambda: not group(victim.pid))  # Its heartbeat has gone with it.
     assert victim.returncode == -signal.SIGKILL
     late = three("POST", f"job-done/{victim.id}/{name}", {"output": "late"})
     assert late.status_code == 404
@@ -102,16 +103,16 @@ def test_a_frozen_worker_loses_its_job_and_its_late_result_is_refused(
 ) -> None:
     name = three.run(gate=str(tmp_path / "gate"))
     frozen = who_runs(three, name)
-    until(lambda: starts(notes, name) == [frozen.id])
+    wait_until(lambda: starts(notes, name) == [frozen.id])
     os.killpg(frozen.pid, signal.SIGSTOP)
     (tmp_path / "gate").touch()
-    until(lambda: three.get("health")["workers"]["unhealthy"] == 1)
+    wait_until(lambda: three.get("health")["workers"]["unhealthy"] == 1)
     job = three.wait(name)
     assert job["workerId"] != frozen.id
     os.killpg(frozen.pid, signal.SIGCONT)
-    until(lambda: any("Failed to return job results" in line for line in frozen.lines))
+    wait_until(lambda: any("Failed to return job results" in line for line in frozen.lines))
     assert three.get(f"status/{name}") == job
-    until(lambda: three.get("health")["workers"]["idle"] == 3)
+    wait_until(lambda: three.get("health")["workers"]["idle"] == 3)
 
 
 def test_a_job_that_kills_its_workers_fails(three: Client, notes: Path) -> None:
@@ -125,7 +126,7 @@ def test_a_job_that_kills_its_workers_fails(three: Client, notes: Path) -> None:
 def test_sigterm_lets_the_job_finish_and_no_other_start(three: Client, notes: Path, tmp_path: Path) -> None:
     name = three.run(gate=str(tmp_path / "gate"))
     leaver = who_runs(three, name)
-    until(lambda: starts(notes, name) == [leaver.id])
+    wait_until(lambda: starts(notes, name) == [leaver.id])
     leaver.terminate()
     assert leaver.state == "draining"
     others = [three.run(n=n) for n in range(6)]
@@ -133,7 +134,7 @@ def test_sigterm_lets_the_job_finish_and_no_other_start(three: Client, notes: Pa
     job = three.wait(name)
     assert (job["status"], job["workerId"]) == ("COMPLETED", leaver.id)
     assert leaver.id not in {three.wait(other)["workerId"] for other in others}
-    until(lambda: leaver.returncode is not None, RULES.grace)
+    wait_until(lambda: leaver.returncode is not None, RULES.grace)
     assert leaver.returncode == 0
     assert len(three.platform.workers) == 2  # It is not replaced.
 
@@ -144,7 +145,7 @@ def test_stop_pod_replaces_a_worker_after_its_other_jobs(notes: Path, tmp_path: 
         client = Client(platform)
         (first,) = platform.workers
         slow = client.run(gate=str(tmp_path / "gate"))
-        until(lambda: starts(notes, slow) == [first.id])
+        wait_until(lambda: starts(notes, slow) == [first.id])
         refresh = client.runsync(**{"return": "refresh"})
         assert refresh["output"] == {"worker": first.id}
         assert client.get("health")["workers"]["idle"] == 0
@@ -163,7 +164,7 @@ async def test_a_worker_that_never_gets_ready_shows_in_health(tmp_path: Path) ->
     await platform.start()
     env = {"START": "hang", "STARTS": str(tmp_path / "starts")}
     worker = await platform.add_worker([sys.executable, "start.py"], cwd=HANDLERS, env=env)
-    await asyncio.to_thread(until, lambda: len(worker.phases) == 2)
+    await asyncio.to_thread(wait_until, lambda: len(worker.phases) == 2)
     with pytest.raises(TimeoutError, match=r"INFO    phase=load seconds=1\.500"):
         await platform.wait_ready(0.5)
     assert worker.state == "initializing"
@@ -183,7 +184,7 @@ async def test_a_worker_that_fails_is_restarted_with_growing_pauses(tmp_path: Pa
     await platform.add_worker([sys.executable, "start.py"], cwd=HANDLERS, env=env)
     with pytest.raises(WorkerFailed, match=r"(?s)status 1 .*no such model"):
         await platform.wait_ready(30)
-    await asyncio.to_thread(until, lambda: log.read_text().count("\n") == 4)
+    await asyncio.to_thread(wait_until, lambda: log.read_text().count("\n") == 4)
     await asyncio.sleep(1)
     times = [float(line) for line in log.read_text().splitlines()]
     pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
@@ -223,7 +224,7 @@ async def test_a_worker_that_does_not_leave_is_killed(tmp_path: Path) -> None:
     platform = Platform(rules=replace(RULES, grace=0.5))
     await platform.start()
     worker = await platform.add_worker([sys.executable, "-c", stubborn], cwd=tmp_path)
-    await asyncio.to_thread(until, lambda: "up" in worker.lines)
+    await asyncio.to_thread(wait_until, lambda: "up" in worker.lines)
     await platform.stop()
     assert worker.returncode == -signal.SIGKILL
     assert platform.workers == []
@@ -255,7 +256,7 @@ def test_workers_end_with_a_platform_that_is_killed(tmp_path: Path, deaf: str) -
         pid = int(process.stdout.readline())
         assert len(group(pid)) >= 2
         process.kill()
-    until(lambda: not group(pid))
+    wait_until(lambda: not group(pid))
 
 
 async def test_a_start_that_is_given_up_leaves_no_process(
@@ -332,7 +333,7 @@ def test_the_command_line_can_be_interrupted_while_the_worker_loads(tmp_path: Pa
     command += ["--env", "START=hang", "--env", f"STARTS={log}"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
-        until(lambda: log.exists() and bool(log.read_text()))
+        wait_until(lambda: log.exists() and bool(log.read_text()))
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 130
         assert "Traceback" not in (errors := server.stderr.read())

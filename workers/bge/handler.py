@@ -47,6 +47,7 @@ from shared.embeddings import (
     load_encoder,
     padded,
     plain_ids,
+    shape,
 )
 from shared.errors import JobError, StartError
 from shared.hardware import parallel_batches, pick_device, share_cores

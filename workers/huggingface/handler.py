@@ -36,7 +36,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from shared import openai_api, prewarm, startup
 from shared.errors import JobError, StartError
-from shared.generation import Generator, Logprob, Piece, SamplingParams, cache_budget, input_device
+from shared.generation import Logprob, Generator, Piece, SamplingParams, cache_budget, input_device
 from shared.hardware import pick_device
 from shared.jobs import Request, current_job, is_out_of_memory, job_handler, refuse_stream, start_config
 from shared.openai_api import (

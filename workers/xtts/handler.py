@@ -44,7 +44,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from shared import openai_api, prewarm, startup
 from shared.errors import JobError, StartError
-from shared.generation import DecodeBatch, Logprob, SamplingParams, preallocated_cache, sample_next_tokens
+from shared.generation import DecodeBatch, Logprob, SamplingParams, sample_next_tokens, preallocated_cache
 from shared.hardware import parallel_batches, pick_device, share_cores
 from shared.jobs import (
     Request,

@@ -15,8 +15,8 @@ import pytest
 from shared.errors import JobError
 from shared.generation import (
     Generator,
-    SamplingParams,
     TextDelta,
+    SamplingParams,
     sample_next_tokens,
     supports_joining_batches,
 )

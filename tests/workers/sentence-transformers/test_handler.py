@@ -21,7 +21,7 @@ from openai import OpenAI
 
 from local import Platform, running
 from shared import jobs
-from shared.embeddings import Encoder, encode_vectors
+from shared.embeddings import Encoder, shape, shortest, encode_vectors
 from shared.errors import JobError
 from tools.models import local_env, minilm
 from tools.workers import ROOT, load_handler
