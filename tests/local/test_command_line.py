@@ -1,10 +1,9 @@
-"""`python -m local`: its arguments, and the commands and examples that it makes of them. Starts no worker."""
+"""`python -m local`: its arguments, and the examples that it prints. Starts no worker."""
 
 from pathlib import Path
 
 import pytest
 
-from local import Container
 from local.__main__ import assignment, main
 from local.examples import openai_example, openai_routes
 from local.platform import find_handler
@@ -42,14 +41,6 @@ def test_a_variable_without_a_value_has_that_of_this_environment(monkeypatch: py
     monkeypatch.setenv("HERE", "x=y")
     assert assignment("HERE") == ("HERE", "x=y")
     assert assignment("A=b=c") == ("A", "b=c")
-
-
-def test_a_container_gets_names_and_no_values() -> None:
-    """Every user of the machine can read a command line."""
-    command = Container("image:1", ["--gpus=all"]).command("abc", ["HF_TOKEN", "A"])
-    assert command[:3] == ["docker", "run", "--rm"]
-    assert command[-4:] == ["--env=A", "--env=HF_TOKEN", "--gpus=all", "image:1"]
-    assert "--name=runpod-local-abc" in command
 
 
 def test_the_example_is_of_a_route_that_the_worker_has() -> None:

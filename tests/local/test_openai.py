@@ -8,7 +8,6 @@ from pathlib import Path
 
 import openai
 import pytest
-import requests
 import runpod
 
 from local import running
@@ -143,13 +142,7 @@ def test_bodies_that_are_no_json_are_refused(tokens: Client) -> None:
 
 def test_a_reader_that_hangs_up_stops_the_job(tokens: Client, notes: Path) -> None:
     body = {"model": "tiny", "stream": True, "user": "60", "messages": [{"role": "user", "content": "a b"}]}
-    with requests.post(
-        f"{tokens.platform.openai_url}/chat/completions",
-        json=body,
-        headers={"Authorization": "any"},
-        stream=True,
-        timeout=20,
-    ) as response:
+    with tokens("POST", "openai/v1/chat/completions", body, stream=True) as response:
         assert response.headers["Content-Type"].startswith("text/event-stream")
         lines = response.iter_lines()
         event = next(lines)

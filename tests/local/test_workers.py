@@ -14,15 +14,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import aiohttp
+import psutil
 import pytest
 import requests
 
 from local import Platform, WorkerFailed, WorkerProcess, running
 from local.platform import ROOT
 from tests.helpers import wait_until
-from tests.local.conftest import HANDLERS, RULES, Client
+from tests.local.conftest import HANDLERS, RULES, Client, workers_health
 
 pytestmark = pytest.mark.engine
 
@@ -37,22 +38,22 @@ def three(notes: Path) -> Iterator[Client]:
 
 def group(pid: int) -> list[int]:
     """The living processes of a worker's process group."""
-    if Path("/proc/self/stat").exists():  # Small images have no ps.
-        stats = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                stats.append([path.parent.name, *path.read_text().rpartition(")")[2].split()])
-        rows = [(int(stat[0]), stat[1], int(stat[3])) for stat in stats]
-    else:
-        command = ["ps", "-eo", "pid=,stat=,pgid="]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        rows = [(int(one), state, int(of)) for one, state, of in map(str.split, output.splitlines())]
-    return [one for one, state, of in rows if of == pid and not state.startswith("Z")]
+    living = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == pid and process.status() != psutil.STATUS_ZOMBIE:
+                living.append(process.pid)
+    return living
 
 
 def who_runs(client: Client, name: str) -> WorkerProcess:
     job = client.wait(name, "IN_PROGRESS")
     return next(worker for worker in client.platform.workers if worker.id == job["workerId"])
+
+
+async def workers_of(platform: Platform) -> Any:
+    """The `workers` of /health."""
+    return (await asyncio.to_thread(Client(platform).get, "health"))["workers"]
 
 
 def starts(notes: Path, name: str) -> list[str]:
@@ -169,7 +170,7 @@ async def test_a_worker_that_never_gets_ready_shows_in_health(tmp_path: Path) ->
         await platform.wait_ready(0.5)
     assert worker.state == "initializing"
     assert worker.phases == {"import": 0.25, "load": 1.5}
-    assert (await health(platform))["initializing"] == 1
+    assert (await workers_of(platform))["initializing"] == 1
     begin = time.monotonic()
     await platform.stop()
     assert time.monotonic() - begin < RULES.grace
@@ -190,14 +191,7 @@ async def test_a_worker_that_fails_is_restarted_with_growing_pauses(tmp_path: Pa
     pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert len(times) == 4  # Once and three times again, and no more.
     assert [pause >= least for pause, least in zip(pauses, (0.3, 0.6, 1.2), strict=True)] == [True] * 3
-    assert await health(platform) == {
-        "idle": 0,
-        "initializing": 0,
-        "ready": 0,
-        "running": 0,
-        "throttled": 0,
-        "unhealthy": 1,
-    }
+    assert await workers_of(platform) == workers_health(unhealthy=1)
     with pytest.raises(WorkerFailed):
         await platform.wait_ready(30)
     await platform.stop()
@@ -218,12 +212,10 @@ def test_a_taken_port_is_an_error(three: Client) -> None:
 
 
 async def test_a_worker_that_does_not_leave_is_killed(tmp_path: Path) -> None:
-    stubborn = (
-        "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
-    )
+    stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up'); time.sleep(600)"
     platform = Platform(rules=replace(RULES, grace=0.5))
     await platform.start()
-    worker = await platform.add_worker([sys.executable, "-c", stubborn], cwd=tmp_path)
+    worker = await platform.add_worker([sys.executable, "-u", "-c", stubborn], cwd=tmp_path)
     await asyncio.to_thread(wait_until, lambda: "up" in worker.lines)
     await platform.stop()
     assert worker.returncode == -signal.SIGKILL
@@ -249,9 +241,8 @@ def test_workers_end_with_a_platform_that_is_killed(tmp_path: Path, deaf: str) -
             print(platform.workers[0].pid, flush=True)
             time.sleep(600)
     """)
-    with subprocess.Popen(
-        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    ) as process:
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         pid = int(process.stdout.readline())
         assert len(group(pid)) >= 2
@@ -280,15 +271,6 @@ async def test_a_start_that_is_given_up_leaves_no_process(
     assert await asyncio.wait_for(started[0].wait(), 60) == -signal.SIGKILL
 
 
-async def health(platform: Platform) -> dict[str, int]:
-    async with (
-        aiohttp.ClientSession(headers={"Authorization": "any"}) as session,
-        session.get(f"{platform.endpoint_url}/health") as answer,
-    ):
-        workers: dict[str, int] = (await answer.json())["workers"]
-        return workers
-
-
 def test_the_command_line_runs_the_test_input(tmp_path: Path) -> None:
     handler = tmp_path / "handler.py"
     shutil.copy(HANDLERS / "echo.py", handler)
@@ -309,9 +291,8 @@ def test_the_command_line_serves_and_its_example_works(tmp_path: Path) -> None:
     shutil.copy(HANDLERS / "tokens.py", handler)
     (tmp_path / "test_input.json").write_text('{"input": {"count": 1, "text": "it\'s naïve"}}')
     command = [sys.executable, "-m", "local", "serve", str(handler), "--port", "0", "--env", "A=b"]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as server:
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as server:
         assert server.stdout is not None
         guide = ""
         while "Ctrl-C" not in guide:

@@ -22,41 +22,28 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(
         ROOT, root, ignore=shutil.ignore_patterns(".git", ".venv*", ".*_cache", "__pycache__", ".hypothesis")
     )
-    subprocess.run(
-        [sys.executable, "-m", "tools.new_worker", NAME], cwd=root, check=True, capture_output=True
-    )
+    command = [sys.executable, "-m", "tools.new_worker", NAME]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
     return root
-
-
-def pytest_in(root: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
 
 
 def test_new_worker_passes_its_own_tests_and_those_of_the_house(house: Path) -> None:
     """Without those of the other workers."""
-    others = " or ".join(worker_names())
-    shown = pytest_in(
-        house,
-        *("-rA", f"tests/workers/{NAME}", "tests/house", "tests/images"),
-        *("-k", f"{NAME} or not ({others})"),
-    )
+    folders = [f"tests/workers/{NAME}", "tests/house", "tests/images"]
+    others = f"{NAME} or not ({' or '.join(worker_names())})"
+    command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", *folders, "-k", others]
+    done = subprocess.run(command, cwd=house, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
     for test in ("test_example", f"test_has_the_files_of_every_worker[{NAME}]", "kept_copy_has_every_worker"):
-        assert test in shown
+        assert test in done.stdout
 
 
-def test_new_worker_is_clean(house: Path) -> None:
+def test_new_worker_is_clean_and_in_every_table(house: Path) -> None:
     """Style only: the types do not depend on the name, and `make lint` checks them in the template."""
-    files = [f"workers/{NAME}", f"tests/workers/{NAME}"]
-    for command in (["check"], ["format", "--check"]):
-        ruff = [Path(sys.executable).parent / "ruff", *command, *files]
-        done = subprocess.run(ruff, cwd=house, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_new_worker_is_in_every_table(house: Path) -> None:
+    for command in ("check", "format --check"):
+        ruff = [Path(sys.executable).parent / "ruff", *command.split()]
+        done = subprocess.run([*ruff, f"workers/{NAME}", f"tests/workers/{NAME}"], cwd=house, check=False)
+        assert done.returncode == 0
     assert bake.table(house)[NAME] == {"base": "python", "about": new_worker.ABOUT}
     assert f"[{NAME}](workers/{NAME}/README.md)" in (house / "README.md").read_text()
     assert "| `min_letters` | integer, 1 to 100 | `1` |" in (house / f"workers/{NAME}/README.md").read_text()
