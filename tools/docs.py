@@ -79,9 +79,9 @@ def inner(schema: Schema, definitions: Schema) -> tuple[str, Schema] | None:
         dots = "[]." if option.get("type") == "array" else "."
         target = option.get("items", {}) if dots == "[]." else option
         if "$ref" in target:
-            found = definitions[target["$ref"].rpartition("/")[2]]
-            if "properties" in found:
-                return dots, found
+            target_schema = definitions[target["$ref"].rpartition("/")[2]]
+            if "properties" in target_schema:
+                return dots, target_schema
     return None
 
 
@@ -96,9 +96,9 @@ def fields(schema: Schema, definitions: Schema, prefix: str = "") -> Iterator[li
             default = code(field["default"])
         description = field.get("description", "").replace("<", "&lt;")
         yield [code(prefix + name), kind(field, definitions), default, description]
-        found = inner(field, definitions)
-        if found and prefix.count(".") < 2:
-            yield from fields(found[1], definitions, f"{prefix}{name}{found[0]}")
+        nested = inner(field, definitions)
+        if nested and prefix.count(".") < 2:
+            yield from fields(nested[1], definitions, f"{prefix}{name}{nested[0]}")
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -160,12 +160,12 @@ def render(text: str, module: ModuleType | None, root: Path = ROOT) -> str:
 
 
 def stale(root: Path = ROOT, *, write: bool = False) -> list[str]:
-    """The READMEs whose tables are not what the code says; with `write`, mended."""
+    """The READMEs whose tables are not what the code says; with `write`, they are written."""
     pages: list[tuple[Path, ModuleType | None]] = [(root / "README.md", None)]
     for name in worker_names(root):
         if (page := root / "workers" / name / "README.md").exists():
             pages.append((page, load_module(name, "schemas")))
-    found = []
+    pages_stale = []
     for page, module in pages:
         text = page.read_text()
         try:
@@ -173,18 +173,18 @@ def stale(root: Path = ROOT, *, write: bool = False) -> list[str]:
         except SystemExit as error:
             raise SystemExit(f"{page.relative_to(root)}: a table cannot be written: {error}") from None
         if new != text:
-            found.append(str(page.relative_to(root)))
+            pages_stale.append(str(page.relative_to(root)))
             if write:
                 page.write_text(new)
-    return found
+    return pages_stale
 
 
 def main() -> None:
     check = "--check" in sys.argv[1:]
-    found = stale(write=not check)
-    for page in found:
+    pages = stale(write=not check)
+    for page in pages:
         print(f"{page}: {'not what the code says; run make docs' if check else 'written'}")
-    sys.exit(bool(check and found))
+    sys.exit(bool(check and pages))
 
 
 if __name__ == "__main__":

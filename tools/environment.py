@@ -27,15 +27,15 @@ VLLM = ROOT / "tools" / "vllm-cpu"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(text, flush=True)
 
 
-def stop(text: str) -> None:
+def fail(text: str) -> None:
     raise SystemExit("Missing: " + text)
 
 
-def wanted(lock: Path = LOCK, torch: Path = TORCH) -> str:
+def fingerprint(lock: Path = LOCK, torch: Path = TORCH) -> str:
     """What the environment is made from, as one hash."""
     parts = [lock.read_bytes(), torch.read_bytes(), os.environ.get("TORCH_INDEX", "").encode()]
     parts.append(platform.python_version().encode())
@@ -80,27 +80,27 @@ def no_vllm() -> str | None:
 
 def check_python() -> None:
     if sys.version_info < (3, 11):  # noqa: UP036 (this file runs on whatever Python is found)
-        stop(f"Python 3.11 or newer; this is {platform.python_version()}. Name one: make PYTHON=python3.12")
+        fail(f"Python 3.11 or newer; this is {platform.python_version()}. Name one: make PYTHON=python3.12")
     try:
         import ensurepip  # noqa: F401 (Debian ships venv without it)
         import venv  # noqa: F401
     except ImportError:
         major, minor = sys.version_info[:2]
-        stop(f"Python's venv module; on Debian and Ubuntu: apt-get install python{major}.{minor}-venv")
+        fail(f"Python's venv module; on Debian and Ubuntu: apt-get install python{major}.{minor}-venv")
 
 
 def install(title: str, *command: str | Path, text: str | None = None, must: bool = True) -> bool:
-    """Run one step; uv and pip show their own progress. text: standard input. Whether it went well."""
+    """Run one step; uv and pip show their own progress. text: standard input. True when it succeeded."""
     started = time.monotonic()
-    say(title)
+    log(title)
     if subprocess.run(command, input=text, text=True, check=False).returncode:
         if must:
-            stop(
+            fail(
                 "a package index that answers and has the package above; is the network up? Mirrors are named"
                 " to uv by UV_DEFAULT_INDEX, to pip by PIP_INDEX_URL."
             )
         return False
-    say(f"  done in {time.monotonic() - started:.0f} s")
+    log(f"  done in {time.monotonic() - started:.0f} s")
     return True
 
 
@@ -112,11 +112,11 @@ def pip(python: Path) -> tuple[str | Path, ...]:
 def make(folder: Path, lock: Path, torch: Path, *, steps: int) -> Path | None:
     """A new environment with what `lock` says, without torch: its Python, None if it is there already."""
     stamp, python = folder / ".made", folder / "bin" / "python"
-    if stamp.exists() and stamp.read_text() == wanted(lock, torch) and python.exists():
+    if stamp.exists() and stamp.read_text() == fingerprint(lock, torch) and python.exists():
         stamp.touch()
         return None
     stamp.unlink(missing_ok=True)
-    say(f"Making {folder.name}/ with Python {platform.python_version()}: once, some minutes.")
+    log(f"Making {folder.name}/ with Python {platform.python_version()}: once, some minutes.")
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
     uv = re.search(r"^uv==.*?(?=^\w)", LOCK.read_text(), re.MULTILINE | re.DOTALL)
     assert uv is not None, f"{LOCK.name} has no uv"
@@ -149,12 +149,12 @@ def make_development(folder: Path) -> None:
         *("--no-deps", *audio()),
     )
     drop_what_does_not_load(python)
-    (folder / ".made").write_text(wanted())
+    (folder / ".made").write_text(fingerprint())
 
 
 def make_vllm(folder: Path) -> None:
     if reason := no_vllm():
-        say(f"{folder.name}: {reason}; the tests that need it say so and are skipped.")
+        log(f"{folder.name}: {reason}; the tests that need it are skipped.")
         return
     lock, torch = VLLM / "requirements.txt", VLLM / "torch.in"
     python = make(folder, lock, torch, steps=3)
@@ -164,7 +164,7 @@ def make_vllm(folder: Path) -> None:
     first = ("--index-url", index) if index else ()
     if not install("3/3 torch for the CPU", *command, *first, must=False):
         install(f"3/3 torch for the CPU, from {CPU_INDEX}", *command, "--index-url", CPU_INDEX)
-    (folder / ".made").write_text(wanted(lock, torch))
+    (folder / ".made").write_text(fingerprint(lock, torch))
 
 
 def main(folder: Path) -> None:

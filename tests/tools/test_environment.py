@@ -30,11 +30,11 @@ def test_set_up_without_a_package_index_says_so(tmp_path: Path, monkeypatch: pyt
 def test_a_fresh_environment_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").touch()
-    (tmp_path / ".made").write_text(environment.wanted())
+    (tmp_path / ".made").write_text(environment.fingerprint())
     monkeypatch.setattr(environment, "install", lambda *_, **__: pytest.fail("installed again"))
     environment.main(tmp_path)
     monkeypatch.setenv("TORCH_INDEX", "https://example.com")
-    assert (tmp_path / ".made").read_text() != environment.wanted()
+    assert (tmp_path / ".made").read_text() != environment.fingerprint()
 
 
 @pytest.mark.parametrize("loads", [True, False])
