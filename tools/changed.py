@@ -48,7 +48,7 @@ def affected(paths: Iterable[str], root: Path = ROOT) -> list[str]:
 
 
 def changed_paths(base: str, head: str, root: Path = ROOT) -> list[str] | None:
-    """Paths that differ between where `head` left `base` and `head`; None when git does not know one of them."""
+    """Paths that differ between where `head` left `base` and `head`; None when git lacks one of them."""
     command = ["git", "diff", "--name-only", "--no-renames", f"{base}...{head}"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     return done.stdout.splitlines() if done.returncode == 0 else None
