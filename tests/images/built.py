@@ -33,9 +33,9 @@ import requests
 from local import Container, Platform, Rules, WorkerProcess, running
 from tests.helpers import wait_until
 from tests.hub import Hub
-from tools import vllm_cpu
 from tools.bake import kept
 from tools.images import Layer, layers
+from tools.models import vllm_cpu
 from tools.start import image_env, mounts
 from tools.workers import ROOT, load_handler, worker_names
 
