@@ -20,8 +20,7 @@ import soundfile
 from benchmarks.embeddings import middle
 from benchmarks.harness import HERE, Burst, _session, ask, burst, machine, output, table, texts, write
 from local import Platform, running
-from tools import tiny_xtts
-from tools.models import made
+from tools.models import made, tiny_xtts
 
 WORKER = "xtts"
 NAIVE = HERE / "naive" / f"{WORKER}.py"

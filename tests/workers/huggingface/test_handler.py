@@ -22,8 +22,7 @@ from local import Platform, running
 from shared import generation, jobs
 from shared.errors import JobError
 from shared.generation import sample_next_tokens
-from tools import tiny_causal
-from tools.models import local_env
+from tools.models import local_env, tiny_causal
 from tools.workers import load_handler
 
 engine = pytest.mark.engine

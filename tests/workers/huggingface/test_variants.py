@@ -18,8 +18,7 @@ from local import running
 from shared import jobs
 from shared.errors import JobError, StartError
 from shared.generation import Generator, SamplingParams, _layers
-from tools import tiny_causal
-from tools.models import local_env
+from tools.models import local_env, tiny_causal
 from tools.workers import load_handler
 
 engine = pytest.mark.engine

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from shared.generation import Generator, SamplingParams, joins
-from tools.tiny_llava import processor
+from tools.models.tiny_llava import processor
 
 pytestmark = pytest.mark.engine
 

@@ -25,7 +25,7 @@ from shared import jobs
 from shared.errors import JobError, StartError
 from shared.openai_api import ChatCompletionRequest
 from tools.models import local_env
-from tools.tiny_llava import ANSWERS, ENDLESS, QUESTIONS
+from tools.models.tiny_llava import ANSWERS, ENDLESS, QUESTIONS
 from tools.workers import load_handler
 
 WHAT, DESCRIBE = QUESTIONS

@@ -36,7 +36,7 @@ from shared.errors import JobError, StartError
 from shared.media import encode_audio
 from shared.openai_api import ModelsRequest
 from tools.models import local_env
-from tools.tiny_xtts import LANGUAGES, SPEAKERS
+from tools.models.tiny_xtts import LANGUAGES, SPEAKERS
 from tools.workers import load_handler
 
 engine = pytest.mark.engine
