@@ -26,7 +26,7 @@ SHAPE = (2, 3)  # heads, head_dim of the caches here
 
 
 def batch(model: Any, *lengths: int) -> DecodeBatch[ActiveSequence]:
-    """Sequences of these lengths, padded on the left. The keys of token t of a sequence of n: n + t / 1000."""
+    """Sequences of these lengths, padded on the left. Token t of a sequence of n has keys n + t / 1000."""
     sequences = [
         ActiveSequence(
             params=SamplingParams(1), prompt_ids=torch.zeros(length), random=random.Random(0),
