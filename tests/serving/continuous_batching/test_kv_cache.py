@@ -10,10 +10,8 @@ import pytest
 import torch
 
 from serving.continuous_batching.kv_cache import (
-    CPU_BUDGET,
     GROWTH,
     DecodeBatch,
-    cache_budget,
     preallocated_cache,
     supports_joining_batches,
 )
@@ -106,7 +104,3 @@ def test_which_models_join() -> None:
     )
     assert not supports_joining_batches(tiny_llama(no_repeat_ngram_size=3))
     assert not supports_joining_batches(tiny_llama(num_beams=2))
-
-
-def test_the_budget_of_a_cpu(model: Any) -> None:
-    assert cache_budget(model) == CPU_BUDGET
