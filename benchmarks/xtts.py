@@ -133,8 +133,8 @@ time. torch has its default number of threads, in both. Written by `python -m be
 {table(["", "s"], single)}
 
 The naive handler computes the voice anew for every job, synthesizes one sentence after another, and computes
-the transformer's states twice. This worker caches the voice, the sentences of all jobs share the decode steps,
-and the vocoder has a thread for each core.
+the transformer's states twice. This worker caches the voice, the sentences of all jobs share the decode
+steps, and the vocoder has a thread for each core.
 
 {table(["machine", ""], list(where.items()))}
 
