@@ -3,23 +3,20 @@
     batcher = DynamicBatcher(encode, budget=1024, length=len)  # encode: list of token ids -> list of vectors
     vectors = await batcher.submit(token_ids)  # in the order of the items
 
-No timers: an idle engine starts on the loop's next turn with what came in this one; while it runs, items
-gather, and the next batch is formed at the moment the engine is free. With several threads the engine is free
-while fewer batches than that are running.
+No timers: an idle engine starts in the event loop's next iteration with what was submitted in this one; while
+it runs, items queue, and the next batch is formed when a thread becomes free.
 
-Packing. A batch holds items of one key and costs what its padded form holds: longest item times number of
-items, at most `budget`; a longer item runs alone. The item that has waited longest leads: it and the next
-shorter ones, as many as fit. Items queued between the same two batches are equally old and the longest leads,
-so what waits from the start runs in the fewest batches: in any plan the longest item's batch has at most
-budget // longest places, and to put the longest items into them, empty ones too, makes no other batch dearer.
-So a best plan starts like ours. (Letting longer items pass older ones saved nothing in simulations.)
+Batches. A batch holds items of one key. Its cost is that of its padded form, longest item times number of
+items, and is at most `budget`; a longer item runs alone. The oldest item leads: the batch is that item and
+the next shorter ones, as many as fit. Items queued between the same two batches are equally old, and of those
+the longest leads: a queue that nothing joins is served in the fewest batches possible (proof in the test).
 
 Fairness. An item waits at most one batch for each item queued no later than it, whatever comes after, and a
 submit() has at most `window` budgets of its items in the queue at once, its longest first.
 
-Failure. A batch that raises is run again in halves, ahead of the queue, until the item that breaks it is
-alone: at most 2 * ceil(log2(n)) more runs for one among n. So is a batch that runs out of memory. A wrong
-number of results is a programming error and fails all of the batch.
+Failure. A batch that raises runs again in halves, ahead of the queue, until the failing item is alone: at
+most 2 * ceil(log2(n)) more runs for one among n. The same applies to a batch that runs out of memory. A wrong
+number of results is a programming error and fails the batch.
 """
 
 from __future__ import annotations
@@ -39,42 +36,45 @@ Result = TypeVar("Result")
 
 
 @dataclass(slots=True, eq=False)
-class _Job:
-    """One submit()."""
+class _Submission:
+    """The items of one submit()."""
 
-    done: asyncio.Future[list[Any]]
+    future: asyncio.Future[list[Any]]
     results: list[Any]
-    left: int  # results still to come
-    rest: list[_Entry] = field(default_factory=list)  # not in the queue yet, the longest last
-    open: int = 0  # the cost of what is in the queue or runs
+    unfinished: int  # items without a result
+    pending: list[_Entry] = field(default_factory=list)  # not in the queue yet, the longest last
+    active_cost: int = 0  # of its items that are queued or running
 
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    job: _Job
+    """One item in the queue."""
+
+    submission: _Submission
     index: int
     item: Any
     key: Hashable
     length: int
-    cost: int
-    entered: int = 0  # how many batches had been formed when it came into the queue
+    cost: int  # share of the budget that it takes at least
+    queued_at: int = 0  # number of batches formed before it joined the queue
 
 
 def constant(item: object) -> Hashable:
-    """The default key: every item may share a batch with every other."""
+    """The default key: any two items may share a batch."""
     return None
 
 
 class DynamicBatcher(Generic[Item, Result]):
     """Collects the items of concurrent submit() calls into batches and runs them on threads of its own.
 
-    run: called on that thread with items of one key; returns one result for each, in their order.
-    budget: the most that a batch may cost, in the unit of `length` (tokens, pixels, seconds).
-    length: what an item costs alone; below 1 counts as 1.
-    key: items share a batch only where their keys are equal (sampling parameters, task).
-    max_items: the most items in a batch whatever they cost; None: no such limit.
-    window: how many budgets of one submit() may be in the queue at once. threads: how many batches may run at
-    a time, each on a thread; `running` says how many do. name: the threads'.
+    run: called on such a thread with items of one key; returns one result for each, in their order.
+    budget: the highest cost of a batch, in the unit of `length` (tokens, pixels, seconds).
+    length: the cost of one item alone; below 1 counts as 1.
+    key: items share a batch only where their keys are equal (sampling params, task).
+    max_items: the most items in a batch whatever their cost; None: no such limit.
+    window: how many budgets of one submit() may be in the queue at once.
+    threads: how many batches may run at a time, each on a thread; `running` is how many do.
+    name: prefix of the threads' names.
 
     Each submit() uses the running event loop; another loop may follow when the last has closed or nothing
     waits on it. Not for calls from several threads at once.
@@ -97,145 +97,157 @@ class DynamicBatcher(Generic[Item, Result]):
             raise ValueError("budget, max_items, window and threads must be at least 1")
         self._run, self._length, self._key = run, length, key
         self._budget, self._window = budget, window * budget
-        # A thread each, the first free one first: one that rests has lost what it needs at hand.
+        # One executor a thread, the lowest free one first: the caches of a thread that rests grow cold.
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix=f"{name}-{i}") for i in range(threads)]
         self._free = list(range(threads))
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._waiting: list[_Entry] = []
-        self._halves: list[list[_Entry]] = []
-        self._formed = 0
+        self._queue: list[_Entry] = []
+        self._halves: list[list[_Entry]] = []  # of batches that failed, the next one last
+        self._batches_formed = 0
         self.running = 0
-        self._due = False  # _next is on its way
+        self._dispatch_scheduled = False
         self._closed = False
+
+    @property
+    def queued(self) -> int:
+        """How many items wait in the queue."""
+        return len(self._queue)
 
     async def submit(self, items: Sequence[Item]) -> list[Result]:
         """The results of `items`, in their order.
 
         Raises what `run` raised for the first item to fail; the others are then dropped, as all are when the
-        call is cancelled. A batch that already runs cannot be stopped: its results are thrown away.
+        call is cancelled. A running batch cannot be stopped: its results are discarded.
         RuntimeError: the batcher is closed, or in use on another event loop.
         """
         loop = self._bind()
         if not items:
             return []
-        job = _Job(loop.create_future(), [None] * len(items), len(items))
+        submission = _Submission(loop.create_future(), [None] * len(items), len(items))
         share = -(-self._budget // self._max_items)
         for index, item in enumerate(items):
             length = max(1, self._length(item))
-            job.rest.append(_Entry(job, index, item, self._key(item), length, max(length, share)))
-        job.rest.sort(key=lambda entry: (entry.length, -entry.index))
-        self._feed(job)
-        if self._free and not self._due:
-            self._due = True
-            loop.call_soon(self._next)
-        results: list[Result] = await job.done
+            entry = _Entry(submission, index, item, self._key(item), length, max(length, share))
+            submission.pending.append(entry)
+        submission.pending.sort(key=lambda entry: (entry.length, -entry.index))
+        self._enqueue(submission)
+        if self._free and not self._dispatch_scheduled:
+            self._dispatch_scheduled = True
+            loop.call_soon(self._dispatch)
+        results: list[Result] = await submission.future
         return results
 
     def close(self) -> None:
-        """Fail what waits and let the threads end; items that run are still answered."""
+        """Fail what is queued and let the threads end; running items are still answered."""
         self._closed = True
         for thread in self._threads:
             thread.shutdown(wait=False)
-        self._drop()
+        self._fail_queued()
 
     def _bind(self) -> asyncio.AbstractEventLoop:
+        """The running event loop, to which the batcher belongs from now on."""
         loop = asyncio.get_running_loop()
         if self._closed:
             raise RuntimeError("the batcher is closed")
         if loop is not self._loop:
-            if (self.running or self._due) and self._loop and not self._loop.is_closed():
+            if (self.running or self._dispatch_scheduled) and self._loop and not self._loop.is_closed():
                 raise RuntimeError("the batcher is in use on another event loop")
-            self._loop, self._waiting, self._halves = loop, [], []
-            self.running, self._due, self._free = 0, False, list(range(len(self._threads)))
+            self._loop, self._queue, self._halves = loop, [], []
+            self.running, self._dispatch_scheduled = 0, False
+            self._free = list(range(len(self._threads)))
         return loop
 
-    def _feed(self, job: _Job) -> None:
-        """Move as much of the job into the queue as its window holds."""
-        while job.rest and (not job.open or job.open + job.rest[-1].cost <= self._window):
-            entry = job.rest.pop()
-            entry.entered = self._formed
-            job.open += entry.cost
-            self._waiting.append(entry)
+    def _enqueue(self, submission: _Submission) -> None:
+        """Move as many pending items into the queue as the window holds."""
+        pending = submission.pending
+        while pending and (
+            not submission.active_cost or submission.active_cost + pending[-1].cost <= self._window
+        ):
+            entry = pending.pop()
+            entry.queued_at = self._batches_formed
+            submission.active_cost += entry.cost
+            self._queue.append(entry)
 
-    def _drop(self) -> None:
-        for entry in sum(self._halves, self._waiting):
-            _fail(entry.job, RuntimeError("the batcher was closed"))
-        self._waiting, self._halves = [], []
+    def _fail_queued(self) -> None:
+        for entry in sum(self._halves, self._queue):
+            _fail(entry.submission, RuntimeError("the batcher was closed"))
+        self._queue, self._halves = [], []
 
-    def _next(self) -> None:
-        """Hand each free thread its next batch."""
-        self._due = False
+    def _dispatch(self) -> None:
+        """Give each free thread its next batch."""
+        self._dispatch_scheduled = False
         if self._closed:
-            return self._drop()
-        while self._free and (batch := self._again() or self._form()):
+            return self._fail_queued()
+        while self._free and (batch := self._next_half() or self._form_batch()):
             self.running += 1
             thread = min(self._free)
             self._free.remove(thread)
-            self._threads[thread].submit(self._work, batch, thread)
+            self._threads[thread].submit(self._run_batch, batch, thread)
 
-    def _again(self) -> list[_Entry]:
-        """Take the next half of a batch that has failed; empty if none is left."""
+    def _next_half(self) -> list[_Entry]:
+        """Take the next half of a batch that failed; empty if there is none."""
         batch: list[_Entry] = []
         while self._halves and not batch:
-            batch = [entry for entry in self._halves.pop() if not entry.job.done.done()]
+            batch = [entry for entry in self._halves.pop() if not entry.submission.future.done()]
         return batch
 
-    def _form(self) -> list[_Entry]:
-        """Take the next batch out of the queue; empty if nobody waits."""
-        self._waiting = [entry for entry in self._waiting if not entry.job.done.done()]
-        if not self._waiting:
+    def _form_batch(self) -> list[_Entry]:
+        """Take the next batch out of the queue; empty if nothing is queued."""
+        self._queue = [entry for entry in self._queue if not entry.submission.future.done()]
+        if not self._queue:
             return []
-        self._waiting.sort(key=lambda entry: -entry.length)
-        lead = min(self._waiting, key=lambda entry: entry.entered)  # the longest, where several are
-        fitting = (entry for entry in self._waiting[self._waiting.index(lead) :] if entry.key == lead.key)
-        batch = list(islice(fitting, min(self._max_items, max(1, self._budget // lead.length))))
+        self._queue.sort(key=lambda entry: -entry.length)
+        oldest = min(self._queue, key=lambda entry: entry.queued_at)  # the longest of several
+        candidates = (e for e in self._queue[self._queue.index(oldest) :] if e.key == oldest.key)
+        batch = list(islice(candidates, min(self._max_items, max(1, self._budget // oldest.length))))
         taken = set(batch)
-        self._waiting = [entry for entry in self._waiting if entry not in taken]
-        self._formed += 1
+        self._queue = [entry for entry in self._queue if entry not in taken]
+        self._batches_formed += 1
         return batch
 
-    def _work(self, batch: list[_Entry], thread: int) -> None:
-        """On an engine thread. Every way out reports to the loop: no job may wait for ever."""
+    def _run_batch(self, batch: list[_Entry], thread: int) -> None:
+        """On an engine thread. Every exception is reported to the loop: no submit() may wait for ever."""
         outcome: list[Result] | BaseException
         try:
             outcome = list(self._run([entry.item for entry in batch]))
         except BaseException as error:
             outcome = error
             if type(error).__name__ == "OutOfMemoryError" and (torch := sys.modules.get("torch")):
-                traceback.clear_frames(error.__traceback__)  # they hold the tensors
+                traceback.clear_frames(error.__traceback__)  # the frames hold the tensors
                 with contextlib.suppress(Exception):
                     torch.cuda.empty_cache()
-        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits
-            batch[0].job.done.get_loop().call_soon_threadsafe(self._settle, batch, thread, outcome)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop = batch[0].submission.future.get_loop()
+            loop.call_soon_threadsafe(self._finish_batch, batch, thread, outcome)
 
-    def _settle(self, batch: list[_Entry], thread: int, outcome: list[Result] | BaseException) -> None:
-        """Answer what has run, or split what has failed, and go on."""
+    def _finish_batch(self, batch: list[_Entry], thread: int, outcome: list[Result] | BaseException) -> None:
+        """Store the results of a batch, or split one that failed, and dispatch the next."""
         self.running -= 1
         self._free.append(thread)
         if isinstance(outcome, Exception) and len(batch) > 1:
             half = len(batch) // 2
             self._halves += [batch[half:], batch[:half]]
-            return self._next()
+            return self._dispatch()
         if isinstance(outcome, list) and len(outcome) != len(batch):
             outcome = RuntimeError(f"the engine gave {len(outcome)} results for {len(batch)} items")
         for position, entry in enumerate(batch):
-            job = entry.job
+            submission = entry.submission
             if isinstance(outcome, BaseException):
-                _fail(job, outcome)
-            elif not job.done.done():
-                job.results[entry.index] = outcome[position]
-                job.left -= 1
-                job.open -= entry.cost
-                self._feed(job)
-                if not job.left:
-                    job.done.set_result(job.results)
-        self._next()
+                _fail(submission, outcome)
+            elif not submission.future.done():
+                submission.results[entry.index] = outcome[position]
+                submission.unfinished -= 1
+                submission.active_cost -= entry.cost
+                self._enqueue(submission)
+                if not submission.unfinished:
+                    submission.future.set_result(submission.results)
+        self._dispatch()
 
 
-def _fail(job: _Job, error: BaseException) -> None:
+def _fail(submission: _Submission, error: BaseException) -> None:
     if not isinstance(error, Exception) or isinstance(error, StopIteration):
-        # Raised in a task, the one kind would end the event loop; a future refuses the other.
+        # A SystemExit in a task would end the event loop; a future refuses StopIteration.
         cause, error = error, RuntimeError(f"the engine stopped with {error!r}")
         error.__cause__ = cause
-    if not job.done.done():
-        job.done.set_exception(error)
+    if not submission.future.done():
+        submission.future.set_exception(error)

@@ -1,4 +1,4 @@
-"""Pictures that a client sent as RGB images, and images as a file.
+"""Images that a client sent as RGB, and RGB images as base64 of a file.
 
 The functions block: call them through `asyncio.to_thread`.
 """
@@ -22,38 +22,46 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # no EPS:
 def load_image(data: bytes, *, param: str = "image", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image (IMAGE_FORMATS) to RGB, upright by its EXIF orientation.
 
-    Transparency is laid on white. Of an animation or a file of several pages the first is taken. 16 bits a
-    channel become 8 by their high byte. CMYK is converted without its colour profile.
-    """
-    from PIL import Image
+    Of an animation or a file of several pages, the first is decoded. Transparency becomes white. Integers of
+    16 and 32 bits become 8 bits by dropping the lowest 8; floats up to 1 are multiplied by 255, others are
+    clipped to 0..255. CMYK is converted without its colour profile.
 
-    # PIL's remarks on a client's file help nobody; catch_warnings would not be safe among threads.
+    param: the request's field, for errors. Raises JobError, code "too_large" or "bad_image".
+    """
+    # A warning of PIL about a client's file helps nobody; catch_warnings is not safe among threads.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         if image.width * image.height > max_pixels:
-            raise Image.DecompressionBombError  # as PIL itself does, at its own limit
+            raise Image.DecompressionBombError  # as PIL does at its own, higher limit
         image.load()
-        with suppress(Exception):  # a broken EXIF block says nothing about the pixels
+        with suppress(Exception):  # a broken EXIF block does not affect the pixels
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-        elif image.has_transparency_data:
-            layer = image.convert("RGBA")
-            image = Image.new("RGB", layer.size, "white")
-            image.paste(layer, mask=layer.getchannel("A"))
-        return image.convert("RGB")
+        return _to_rgb(image)
     except Image.DecompressionBombError:
         raise too_large(param, f"{max_pixels} pixels") from None
     except UnidentifiedImageError:
-        cause = "no image that this worker reads"
-    except Exception:  # PIL's readers raise errors of every kind on broken files
-        cause = "a damaged image, or one cut short"
+        cause = "not an image that this worker reads"
+    except Exception:  # PIL's decoders raise errors of every kind on broken files
+        cause = "a damaged or truncated image"
     raise invalid(param, f"{cause}; send {', '.join(IMAGE_FORMATS)}.", "bad_image")
 
 
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any of PIL's modes as RGB of 8 bits a channel."""
+    if image.mode.startswith("I"):  # integers of 16 or 32 bits
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    elif image.mode == "F" and image.getextrema()[1] <= 1:  # type: ignore[operator]
+        image = image.point(lambda value: value * 255 + 0.5).convert("L")
+    elif image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.new("RGB", layer.size, "white")
+        image.paste(layer, mask=layer.getchannel("A"))
+    return image.convert("RGB")
+
+
 def encode_image(image: Image.Image, format: str = "PNG") -> str:
-    """The image as base64 text of a format that PIL writes."""
+    """The image as base64 of a file in `format`, one that PIL writes."""
     buffer = io.BytesIO()
     image.save(buffer, format=format)
     return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,17 +1,19 @@
-"""The answers of embedding workers: their own, and OpenAI's."""
+"""From a request to a response of an embedding worker: its own, and OpenAI's."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from serving.embedding.schemas import (
     Embedding,
     EmbeddingsRequest,
     EmbeddingsResponse,
-    EmbeddingsUsage,
     EmbedRequest,
     EmbedResponse,
     Usage,
+    Vectors,
 )
 from shared.errors import invalid
 from shared.jobs import Job
@@ -21,60 +23,98 @@ if TYPE_CHECKING:
 
 
 async def embed(
-    request: EmbedRequest, job: Job, encoder: Encoder, *, prompt: str, model: str, revision: str | None
+    request: EmbedRequest,
+    job: Job,
+    encoder: Encoder,
+    *,
+    prompt: str,
+    prompt_param: str = "prompt",
+    model: str,
+    revision: str | None,
 ) -> EmbedResponse:
-    """Raises JobError(code="empty") for a request without a text; see `Encoder.embed` and `_check_size`."""
+    """prompt: put before each text; it came in the field `prompt_param`.
+
+    Raises JobError: code "empty" for a request without a text, "result_too_large", and as `Encoder.tokenize`
+    and `Encoder.encode` do.
+    """
     inputs = request.texts or ([] if request.text is None else [request.text])
     if not inputs:
         raise invalid("texts", "no texts. Give texts, a list of at least one, or text.", "empty")
-    dimensions = request.dimensions or encoder.dimensions
-    _check_size(job, len(inputs), dimensions, request.encoding_format)
-    texts, vectors = await encoder.embed(
+    vectors, truncated, usage = await _embed(
+        request,
+        job,
+        encoder,
         inputs,
-        prompt=prompt,
         param="texts" if request.texts else "text",
+        prompt=prompt,
+        prompt_param=prompt_param,
         truncate=request.truncate,
         batch_size=request.batch_size,
-        dimensions=request.dimensions,
         normalize=request.normalize,
-        encoding_format=request.encoding_format,
     )
-    tokens = sum(len(text.tokens) for text in texts)
+    # model_construct: to validate each number of a large result takes as long as to write it.
     return EmbedResponse.model_construct(
         embeddings=vectors,
         model=model,
         revision=revision,
-        dimensions=dimensions,
+        dimensions=request.dimensions or encoder.dimensions,
         count=len(vectors),
-        truncated=sum(text.truncated for text in texts),
-        usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
+        truncated=truncated,
+        usage=usage,
     )
 
 
 async def embed_openai(
-    request: EmbeddingsRequest, job: Job, encoder: Encoder, *, prompt: str, model: str
+    request: EmbeddingsRequest,
+    job: Job,
+    encoder: Encoder,
+    *,
+    prompt: str,
+    prompt_param: str = "prompt",
+    model: str,
 ) -> EmbeddingsResponse:
     """The answer of /v1/embeddings: unit vectors, long texts truncated. Raises JobError as `embed` does."""
-    _check_size(job, len(request.input), request.dimensions or encoder.dimensions, request.encoding_format)
-    texts, vectors = await encoder.embed(
-        request.input,
-        prompt=prompt,
-        param="input",
-        truncate=True,
-        batch_size=None,
-        dimensions=request.dimensions,
-        normalize=True,
+    vectors, _, usage = await _embed(
+        request, job, encoder, request.input, param="input", prompt=prompt, prompt_param=prompt_param
+    )
+    numbered: Iterable[tuple[int, list[float] | str]] = enumerate(vectors)
+    return EmbeddingsResponse.model_construct(
+        data=[Embedding.model_construct(index=index, embedding=vector) for index, vector in numbered],
+        model=model,
+        usage=usage,
+    )
+
+
+async def _embed(
+    request: EmbedRequest | EmbeddingsRequest,
+    job: Job,
+    encoder: Encoder,
+    inputs: Sequence[str] | Sequence[list[int]],
+    *,
+    param: str,
+    prompt: str,
+    prompt_param: str,
+    truncate: bool = True,
+    batch_size: int | None = None,
+    normalize: bool = True,
+) -> tuple[Vectors, int, Usage]:
+    """The embeddings of `inputs`, and how many of those were truncated."""
+    dimensions = request.dimensions or encoder.dimensions
+    # A number takes at least 10 bytes of JSON, a float32 in base64 16 / 3.
+    size = len(inputs) * dimensions * (10 if request.encoding_format == "float" else 16 / 3)
+    job.check_size(int(size), "Use encoding_format base64 or fewer dimensions. ")
+    if dimensions > encoder.dimensions:
+        raise invalid("dimensions", f"{dimensions}, and the model has {encoder.dimensions}.")
+    texts = await asyncio.to_thread(
+        encoder.tokenize, inputs, prompt=prompt, truncate=truncate, param=param, prompt_param=prompt_param
+    )
+    vectors = await encoder.embed(
+        texts,
+        batch_size=batch_size,
+        dimensions=dimensions,
+        normalize=normalize,
         encoding_format=request.encoding_format,
     )
     tokens = sum(len(text.tokens) for text in texts)
-    return EmbeddingsResponse(
-        data=[Embedding.model_construct(index=i, embedding=vector) for i, vector in enumerate(vectors)],
-        model=model,
-        usage=EmbeddingsUsage(prompt_tokens=tokens, total_tokens=tokens),
-    )
-
-
-def _check_size(job: Job, count: int, dimensions: int, encoding_format: str) -> None:
-    """Refuse what could not be returned. A number takes at least ten bytes of JSON, in base64 16 / 3."""
-    size = count * dimensions * (10 if encoding_format == "float" else 16 / 3)
-    job.check_size(int(size), "Use encoding_format base64 or fewer dimensions. ")
+    usage = Usage(prompt_tokens=tokens, total_tokens=tokens)
+    return vectors, sum(text.truncated for text in texts), usage

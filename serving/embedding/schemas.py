@@ -2,19 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, Field
 
 from shared.openai import OpenAIRequest
-from shared.requests import Request
+from shared.requests import Request, as_list
 
-Inputs = list[str] | list[list[int]]
 MAX_INPUTS = 16384
+Vectors = list[list[float]] | list[str]
+"""Embeddings as numbers or as base64. A list of unions would take pydantic three times as long to dump."""
 
 
-def _as_list(value: Any) -> Any:
+class Usage(BaseModel):
+    prompt_tokens: int = Field(description="Tokens that the model read, special tokens included")
+    total_tokens: int = Field(description="The same: there is no completion")
+
+
+# ---- the worker's own ----------------------------------------------------------------------------------
+
+
+class EmbedRequest(Request):
+    texts: Annotated[list[str], BeforeValidator(as_list)] = Field(
+        default=[], max_length=MAX_INPUTS, description="The texts, or one text; an empty text is a text"
+    )
+    text: str | None = Field(None, description="A single text, used when `texts` is missing or empty")
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="At most this many texts of the job in one batch; unset: limited by tokens alone",
+    )
+    normalize: bool = Field(True, description="Scale each embedding to length 1")
+    dimensions: int | None = Field(
+        None, ge=1, description="Keep this many leading dimensions (Matryoshka), before normalising"
+    )
+    prompt_name: str | None = Field(
+        None, description="Name of a prompt in the model's files, put before each text"
+    )
+    prompt: str | None = Field(None, description="A prompt to put before each text; instead of `prompt_name`")
+    encoding_format: Literal["float", "base64"] = Field(
+        "float", description="Lists of numbers, or base64 of little-endian float32"
+    )
+    truncate: bool = Field(True, description="Cut texts that are too long for the model; false: refuse them")
+
+
+class EmbedResponse(BaseModel):
+    embeddings: Vectors = Field(description="One for each text, in their order")
+    model: str = Field(description="The model, as MODEL_NAME gives it")
+    revision: str | None = Field(description="Its commit, where known")
+    dimensions: int = Field(description="Length of each embedding")
+    count: int = Field(description="Number of embeddings")
+    truncated: int = Field(description="How many texts were cut to the model's length")
+    usage: Usage
+
+
+# ---- OpenAI's ------------------------------------------------------------------------------------------
+
+
+def _as_inputs(value: Any) -> Any:
     """OpenAI takes a text, a list of texts, one array of token ids, or a list of such arrays."""
     if isinstance(value, str):
         value = [value]
@@ -35,19 +81,19 @@ def _as_list(value: Any) -> Any:
     return value
 
 
-def _or_float(value: Any) -> Any:
-    """Some clients write out what they leave to the server."""
+def _null_as_float(value: Any) -> Any:
+    """Some clients send null for a field that they leave to the server."""
     return "float" if value is None else value
 
 
 class EmbeddingsRequest(OpenAIRequest):
     """The body of POST /v1/embeddings."""
 
-    input: Annotated[Inputs, BeforeValidator(_as_list)] = Field(
+    input: Annotated[list[str] | list[list[int]], BeforeValidator(_as_inputs)] = Field(
         description="A text, a list of texts, an array of the model's own token ids, or a list of such arrays"
     )
     model: str | None = Field(None, description="The served model's name")
-    encoding_format: Annotated[Literal["float", "base64"], BeforeValidator(_or_float)] = Field(
+    encoding_format: Annotated[Literal["float", "base64"], BeforeValidator(_null_as_float)] = Field(
         "float", description="Lists of numbers, or base64 of little-endian float32"
     )
     dimensions: int | None = Field(None, ge=1, description="Keep this many leading dimensions")
@@ -60,61 +106,8 @@ class Embedding(BaseModel):
     embedding: list[float] | str
 
 
-class EmbeddingsUsage(BaseModel):
-    prompt_tokens: int
-    total_tokens: int
-
-
 class EmbeddingsResponse(BaseModel):
     object: Literal["list"] = "list"
     data: list[Embedding]
     model: str
-    usage: EmbeddingsUsage
-
-
-MAX_TEXTS = MAX_INPUTS
-
-
-class EmbedRequest(Request):
-    texts: list[str] = Field(
-        default=[], max_length=MAX_TEXTS, description="The texts, or one text; an empty text is a text"
-    )
-    text: str | None = Field(None, description="A single text, used when `texts` is missing or empty")
-    batch_size: int | None = Field(
-        None,
-        ge=1,
-        le=1024,
-        description="At most this many texts of the job in one batch; unset: by tokens alone",
-    )
-    normalize: bool = Field(True, description="Scale each embedding to length 1")
-    dimensions: int | None = Field(
-        None, ge=1, description="Keep this many leading dimensions (Matryoshka), before normalising"
-    )
-    prompt_name: str | None = Field(
-        None, description="A prompt that the model's files define, put before each text"
-    )
-    prompt: str | None = Field(None, description="A prompt to put before each text; instead of `prompt_name`")
-    encoding_format: Literal["float", "base64"] = Field(
-        "float", description="Lists of numbers, or base64 of little-endian float32"
-    )
-    truncate: bool = Field(True, description="Cut texts that are too long for the model; false: refuse them")
-
-    @field_validator("texts", mode="before")
-    @classmethod
-    def _as_list(cls, value: Any) -> Any:
-        return [] if value is None else [value] if isinstance(value, str) else value
-
-
-class Usage(BaseModel):
-    prompt_tokens: int = Field(description="Tokens that the model read, special ones included")
-    total_tokens: int = Field(description="The same: there is no completion")
-
-
-class EmbedResponse(BaseModel):
-    embeddings: Sequence[list[float] | str] = Field(description="One for each text, in their order")
-    model: str = Field(description="The model, as MODEL_NAME gives it")
-    revision: str | None = Field(description="Its commit, where known")
-    dimensions: int = Field(description="Length of each embedding")
-    count: int = Field(description="Number of embeddings")
-    truncated: int = Field(description="How many texts were cut to the model's length")
     usage: Usage

@@ -1,4 +1,10 @@
-"""The engine is a plain function here; the thread, the loop and the futures are the real ones."""
+"""The engine is a plain function here; threads, event loop and futures are the real ones.
+
+Why no other way of forming batches needs fewer of them (`test_no_partition_needs_fewer_batches`): in any
+partition, the batch of the longest item has at most budget // longest places. Moving the longest items into
+those places, empty ones too, makes no other batch more expensive. So some best partition starts with the
+batch that DynamicBatcher forms, and the same holds for the items that are left.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +23,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shared.batching import DynamicBatcher
+from serving.dynamic_batching import DynamicBatcher
 
 BUDGET = 100
 
@@ -29,12 +35,12 @@ class Text(NamedTuple):
 
 
 class Engine:
-    """Answers every item with itself, and keeps what it ran. It waits at the gate where one is set."""
+    """Answers every item with itself, and records its batches. It waits while the gate is closed."""
 
-    def __init__(self, poison: Sequence[Any] = (), error: BaseException | None = None) -> None:
+    def __init__(self, fail_on: Sequence[Any] = (), error: BaseException | None = None) -> None:
         self.batches: list[list[Text]] = []
-        self.poison = set(poison)
-        self.error = error or ValueError("poison")
+        self.fail_on = set(fail_on)
+        self.error = error or ValueError("unanswerable")
         self.gate = threading.Event()
         self.gate.set()
         self.started = threading.Event()
@@ -43,7 +49,7 @@ class Engine:
         self.batches.append(items)
         self.started.set()
         assert self.gate.wait(10)
-        if self.poison & {item.name for item in items}:
+        if self.fail_on & {item.name for item in items}:
             raise self.error
         return items
 
@@ -52,6 +58,19 @@ class Engine:
             self,
             **{"budget": BUDGET, "length": lambda item: item.length, "key": lambda item: item.key, **options},
         )
+
+
+RUNNING = Text("running", BUDGET)
+
+
+async def occupy(
+    engine: Engine, batcher: DynamicBatcher[Text, Text], item: Text = RUNNING
+) -> asyncio.Future[Any]:
+    """Close the gate, and return when a batch of this item waits at it."""
+    engine.gate.clear()
+    running = asyncio.ensure_future(batcher.submit([item]))
+    await asyncio.to_thread(engine.started.wait)
+    return running
 
 
 async def together(batcher: DynamicBatcher[Text, Text], items: Sequence[Text]) -> list[Any]:
@@ -67,21 +86,21 @@ def cost(batch: Sequence[Text]) -> int:
 def fewest(lengths: Sequence[int], most: int) -> int:
     """By looking at every partition."""
 
-    def place(rest: Sequence[int], groups: list[list[int]]) -> int:
+    def assign(rest: Sequence[int], groups: list[list[int]]) -> int:
         if not rest:
             return len(groups)
         best = len(lengths)
         for group in groups:
             if len(group) < most and max(*group, rest[0]) * (len(group) + 1) <= BUDGET:
                 group.append(rest[0])
-                best = min(best, place(rest[1:], groups))
+                best = min(best, assign(rest[1:], groups))
                 group.pop()
-        return min(best, place(rest[1:], [*groups, [rest[0]]]))
+        return min(best, assign(rest[1:], [*groups, [rest[0]]]))
 
-    return place(lengths, [])
+    return assign(lengths, [])
 
 
-# Packing
+# Batches
 
 
 async def test_64_waiting_requests_run_in_the_fewest_batches() -> None:
@@ -108,18 +127,16 @@ def test_no_partition_needs_fewer_batches(lengths: list[int], most: int) -> None
 
 async def test_one_job_runs_in_the_fewest_batches_through_its_window() -> None:
     items = [Text(n, 1 + n % 50) for n in range(600)]
-    windowed, whole = Engine(), Engine()
+    windowed, unlimited = Engine(), Engine()
     assert await windowed.batcher(window=1).submit(items) == items
-    assert await whole.batcher(window=10_000).submit(items) == items
-    assert len(windowed.batches) == len(whole.batches)
+    assert await unlimited.batcher(window=10_000).submit(items) == items
+    assert len(windowed.batches) == len(unlimited.batches)
 
 
-async def test_keys_are_never_mixed_and_late_comers_join() -> None:
+async def test_keys_are_never_mixed_and_later_items_join() -> None:
     engine = Engine()
     batcher = engine.batcher()
-    engine.gate.clear()
-    first = asyncio.ensure_future(batcher.submit([Text("first", 10)]))
-    await asyncio.to_thread(engine.started.wait)
+    first = await occupy(engine, batcher, Text("first", 10))
     late = [asyncio.ensure_future(batcher.submit([Text(n, 10, "ab"[n % 2])])) for n in range(6)]
     await asyncio.sleep(0.01)
     engine.gate.set()
@@ -145,8 +162,8 @@ async def flood(
 
 
 @pytest.mark.parametrize("item", [Text("short", 1), Text("other key", 50, "b")])
-async def test_nobody_starves(item: Text) -> None:
-    """At most 20 items are older, and fresh ones come for ever: the bound is a batch for each of the 20."""
+async def test_no_item_starves(item: Text) -> None:
+    """At most 20 items are older, and new ones come for ever: the bound is a batch for each of the 20."""
     engine = Engine()
     batcher = engine.batcher()
     answered = asyncio.Event()
@@ -161,7 +178,7 @@ async def test_nobody_starves(item: Text) -> None:
     assert waited <= 1 + 20
 
 
-async def test_a_short_request_passes_a_job_of_10_000() -> None:
+async def test_a_short_submission_passes_one_of_10_000_items() -> None:
     engine = Engine()
     batcher = engine.batcher(window=4)
     rng = random.Random(3)
@@ -180,13 +197,11 @@ async def test_a_short_request_passes_a_job_of_10_000() -> None:
     assert len(engine.batches) > 1_000
 
 
-async def test_two_big_jobs_advance_side_by_side() -> None:
+async def test_two_large_submissions_advance_side_by_side() -> None:
     engine = Engine()
     batcher = engine.batcher()
     jobs = [[Text((name, n), 20) for n in range(1_000)] for name in "ab"]
-    order: list[str] = []
-    tasks = [asyncio.ensure_future(batcher.submit(job)) for job in jobs]
-    assert await asyncio.gather(*tasks) == jobs
+    assert await asyncio.gather(*map(batcher.submit, jobs)) == jobs
     order = [item.name[0] for batch in engine.batches for item in batch]
     assert 0.4 < order[:1_000].count("a") / 1_000 < 0.6
 
@@ -204,7 +219,7 @@ def no_timers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asyncio.get_running_loop(), "call_later", refuse)
 
 
-async def test_an_idle_engine_starts_at_once_and_takes_a_tick_together(
+async def test_an_idle_engine_starts_at_once_with_all_that_one_loop_iteration_submits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     no_timers(monkeypatch)
@@ -247,10 +262,10 @@ async def test_a_busy_engine_has_no_gaps(monkeypatch: pytest.MonkeyPatch) -> Non
     assert statistics.quantiles(gaps, n=4)[0] < 0.01
 
 
-# Lanes
+# Threads
 
 
-async def test_each_lane_runs_a_batch_and_what_comes_later_waits_for_one() -> None:
+async def test_each_thread_runs_a_batch_and_later_items_wait_for_one() -> None:
     together = threading.Barrier(3)  # two batches on their threads, and this test
     gate = threading.Semaphore(0)
     ran: list[tuple[int, list[str]]] = []
@@ -263,7 +278,7 @@ async def test_each_lane_runs_a_batch_and_what_comes_later_waits_for_one() -> No
         return items
 
     batcher: DynamicBatcher[Text, Text] = DynamicBatcher(
-        run, budget=BUDGET, length=lambda item: item.length, lanes=2
+        run, budget=BUDGET, length=lambda item: item.length, threads=2
     )
     first = [asyncio.ensure_future(batcher.submit([Text(name, BUDGET)])) for name in "ab"]
     await asyncio.to_thread(together.wait, 10)
@@ -276,10 +291,10 @@ async def test_each_lane_runs_a_batch_and_what_comes_later_waits_for_one() -> No
     assert batcher.running == 0
 
 
-async def test_a_poisoned_batch_of_one_lane_leaves_the_others_alone() -> None:
-    engine = Engine(poison=[3, 5])
+async def test_a_failing_batch_of_one_thread_leaves_the_others_alone() -> None:
+    engine = Engine(fail_on=[3, 5])
     items = [Text(n, 20) for n in range(20)]
-    answers = await together(engine.batcher(lanes=3), items)
+    answers = await together(engine.batcher(threads=3), items)
     assert answers == [engine.error if item.name in (3, 5) else item for item in items]
 
 
@@ -305,17 +320,17 @@ def test_order_and_identity_under_random_arrival(
     requests: list[tuple[list[tuple[int, str]], int, bool]],
     window: int,
     most: int | None,
-    poisoned: set[int],
-    lanes: int,
+    failing: set[int],
+    threads: int,
 ) -> None:
-    engine = Engine(poison=[(number, 0) for number in poisoned])
+    engine = Engine(fail_on=[(number, 0) for number in failing])
     sent = [
         [Text((number, n), length, key) for n, (length, key) in enumerate(items)]
         for number, (items, _, _) in enumerate(requests)
     ]
 
     async def scenario() -> list[Any]:
-        batcher = engine.batcher(window=window, max_items=most, lanes=lanes)
+        batcher = engine.batcher(window=window, max_items=most, threads=threads)
         tasks: list[asyncio.Task[Any]] = []
         for items, (_, ticks, cancelled) in zip(sent, requests, strict=True):
             tasks.append(asyncio.ensure_future(batcher.submit(items)))
@@ -330,7 +345,7 @@ def test_order_and_identity_under_random_arrival(
     for number, (answer, items, (_, _, cancelled)) in enumerate(zip(answers, sent, requests, strict=True)):
         if cancelled and isinstance(answer, asyncio.CancelledError):
             continue
-        if number in poisoned and items:
+        if number in failing and items:
             assert answer is engine.error
         else:
             assert answer == items
@@ -346,9 +361,7 @@ def test_order_and_identity_under_random_arrival(
 async def test_cancelled_requests_are_dropped_before_a_batch_forms() -> None:
     engine = Engine()
     batcher = engine.batcher()
-    engine.gate.clear()
-    running = asyncio.ensure_future(batcher.submit([Text("running", 100)]))
-    await asyncio.to_thread(engine.started.wait)
+    running = await occupy(engine, batcher)
     gone = asyncio.ensure_future(batcher.submit([Text(("gone", n), 10) for n in range(1000)]))
     stays = asyncio.ensure_future(batcher.submit([Text("stays", 10)]))
     await asyncio.sleep(0)
@@ -361,7 +374,7 @@ async def test_cancelled_requests_are_dropped_before_a_batch_forms() -> None:
     assert [[item.name for item in batch] for batch in engine.batches] == [["running"], ["stays"]]
 
 
-async def test_nothing_in_nothing_out() -> None:
+async def test_no_items_give_no_results() -> None:
     assert await Engine().batcher().submit([]) == []
 
 
@@ -369,10 +382,10 @@ async def test_nothing_in_nothing_out() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 10, 64])
-async def test_a_poisoned_request_fails_alone(count: int) -> None:
+async def test_a_failing_request_fails_alone(count: int) -> None:
     """The other requests are answered, and finding it takes no more than 2 * ceil(log2(n)) more runs."""
     for bad in {0, count // 2, count - 1}:
-        engine = Engine(poison=[bad])
+        engine = Engine(fail_on=[bad])
         items = [Text(n, 1) for n in range(count)]
         answers = await together(engine.batcher(), items)
         assert answers[bad] is engine.error
@@ -381,7 +394,7 @@ async def test_a_poisoned_request_fails_alone(count: int) -> None:
 
 
 async def test_a_request_that_was_cancelled_is_not_run_again() -> None:
-    engine = Engine(poison=["bad"])
+    engine = Engine(fail_on=["bad"])
     batcher = engine.batcher()
     engine.gate.clear()
     tasks = [asyncio.ensure_future(batcher.submit([Text(name, 1)])) for name in ("bad", "good", "gone")]
@@ -394,10 +407,10 @@ async def test_a_request_that_was_cancelled_is_not_run_again() -> None:
     assert [[item.name for item in batch] for batch in engine.batches[1:]] == [["bad"], ["good"]]
 
 
-async def test_a_job_with_a_poisoned_item_fails_and_the_rest_of_it_is_dropped() -> None:
-    engine = Engine(poison=[0])
+async def test_a_job_with_a_failing_item_fails_and_the_rest_of_it_is_dropped() -> None:
+    engine = Engine(fail_on=[0])
     items = [Text(n, 100 - n % 2) for n in range(1000)]
-    with pytest.raises(ValueError, match="poison"):
+    with pytest.raises(ValueError, match="unanswerable"):
         await engine.batcher().submit(items)
     assert len(engine.batches) < 10
 
@@ -463,7 +476,7 @@ async def test_a_wrong_number_of_results_fails_the_batch_at_once(
     "error", [KeyboardInterrupt(), SystemExit(1), asyncio.CancelledError(), StopIteration()]
 )
 async def test_no_exception_on_the_engine_thread_hangs_a_request(error: BaseException) -> None:
-    engine = Engine(poison=["bad"], error=error)
+    engine = Engine(fail_on=["bad"], error=error)
     batcher = engine.batcher()
     async with asyncio.timeout(10):
         (answer,) = await together(batcher, [Text("bad", 1)])
@@ -472,12 +485,10 @@ async def test_no_exception_on_the_engine_thread_hangs_a_request(error: BaseExce
         assert await batcher.submit([Text("good", 1)]) == [Text("good", 1)]
 
 
-async def test_close_fails_what_waits_and_answers_what_runs() -> None:
+async def test_close_fails_queued_items_and_answers_running_ones() -> None:
     engine = Engine()
     batcher = engine.batcher()
-    engine.gate.clear()
-    running = asyncio.ensure_future(batcher.submit([Text("running", 100)]))
-    await asyncio.to_thread(engine.started.wait)
+    running = await occupy(engine, batcher)
     big = asyncio.ensure_future(batcher.submit([Text(n, 1) for n in range(5000)]))
     await asyncio.sleep(0)
     batcher.close()
@@ -515,12 +526,11 @@ def test_a_loop_that_ended_with_a_batch_on_the_thread_leaves_nothing_behind() ->
     batcher = engine.batcher()
 
     async def abandon() -> None:
-        running = asyncio.ensure_future(batcher.submit([Text("abandoned", 100)]))
+        running = await occupy(engine, batcher, Text("abandoned", 100))
         waiting = asyncio.ensure_future(batcher.submit([Text("waiting", 100)]))
-        await asyncio.to_thread(engine.started.wait)
+        await asyncio.sleep(0)
         del running, waiting  # asyncio.run cancels them
 
-    engine.gate.clear()
     asyncio.run(abandon())
     engine.gate.set()
     assert asyncio.run(batcher.submit([Text("next", 1)])) == [Text("next", 1)]
@@ -530,16 +540,14 @@ def test_a_loop_that_ended_with_a_batch_on_the_thread_leaves_nothing_behind() ->
 async def test_two_loops_at_once_are_refused() -> None:
     engine = Engine()
     batcher = engine.batcher()
-    engine.gate.clear()
-    running = asyncio.ensure_future(batcher.submit([Text("here", 1)]))
-    await asyncio.to_thread(engine.started.wait)
+    running = await occupy(engine, batcher)
     with pytest.raises(RuntimeError, match="another event loop"):
         await asyncio.to_thread(asyncio.run, batcher.submit([Text("there", 1)]))
     engine.gate.set()
     await running
 
 
-@pytest.mark.parametrize("option", ["budget", "max_items", "window", "lanes"])
+@pytest.mark.parametrize("option", ["budget", "max_items", "window", "threads"])
 def test_options_below_one_are_refused(option: str) -> None:
     with pytest.raises(ValueError, match=option):
         Engine().batcher(**{option: 0})

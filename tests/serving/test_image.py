@@ -1,4 +1,6 @@
-"""Images of every kind that a client may send, drawn with PIL, and files that are none."""
+"""Images of every kind that a client may send, drawn with PIL, and files that are no images."""
+
+from __future__ import annotations
 
 import base64
 import io
@@ -6,6 +8,7 @@ import struct
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
+from serving.image import IMAGE_FORMATS, encode_image, load_image
+from shared.decoding import decode_base64
 from shared.errors import JobError
-from shared.media import IMAGE_FORMATS, decode_base64, encode_image, load_image
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
-def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
@@ -33,19 +37,19 @@ def half_and_half(mode: str = "RGB") -> Image.Image:
 
 
 def chunk(name: bytes, data: bytes) -> bytes:
-    """A piece of a PNG file."""
+    """A chunk of a PNG file."""
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A grey 8-bit PNG of zeros, made row by row."""
+    """A grey 8-bit PNG of zeros, compressed row by row."""
     packer = zlib.compressobj(9)
     rows = b"".join(packer.compress(bytes(width + 1)) for _ in range(height)) + packer.flush()
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-def refusal(data: bytes, **limits) -> JobError:
+def refusal(data: bytes, **limits: int) -> JobError:
     with pytest.raises(JobError) as caught:
         load_image(data, param="images.0", **limits)
     assert caught.value.param == "images.0"
@@ -55,7 +59,7 @@ def refusal(data: bytes, **limits) -> JobError:
 
 @pytest.mark.parametrize("format", IMAGE_FORMATS)
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
-def test_every_format_becomes_rgb(format, mode):
+def test_every_format_becomes_rgb(format: str, mode: str) -> None:
     if mode == "RGBA" and format == "JPEG":
         mode = "CMYK"
     image = load_image(encoded(half_and_half(mode), format))
@@ -67,8 +71,8 @@ def test_every_format_becomes_rgb(format, mode):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation):
-    """Each orientation tells how a camera stored the same scene; red must come out on the left again."""
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    """The same scene as a camera stores it in each orientation; red must come out on the left again."""
     upright = half_and_half()
     turn = Image.Transpose
     stored = {
@@ -89,7 +93,7 @@ def test_exif_orientation_is_applied(orientation):
     assert image.getexif().get(0x0112, 1) == 1, "a second reader would turn it again"
 
 
-def test_a_broken_exif_block_does_not_cost_the_image():
+def test_a_broken_exif_block_is_ignored() -> None:
     image = load_image(encoded(half_and_half(), "JPEG", exif=b"Exif\x00\x00garbage" * 3, quality=95))
     assert image.size == (32, 16)
 
@@ -112,43 +116,58 @@ def transparent(mode: str) -> bytes:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "P with alpha", "RGB with a colour key"])
-def test_transparency_is_laid_on_white(mode):
+def test_transparency_becomes_white(mode: str) -> None:
     image = load_image(transparent(mode))
     assert image.mode == "RGB"
     assert image.getpixel((29, 8)) == WHITE
     assert image.getpixel((2, 8)) == ((76, 76, 76) if mode == "LA" else RED)
 
 
-def test_half_transparent_is_half_white():
+def test_half_transparent_is_half_white() -> None:
     image = load_image(encoded(Image.new("RGBA", (2, 2), (0, 0, 0, 128))))
     assert image.getpixel((0, 0)) == (127, 127, 127)
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_16_bits_keep_their_high_byte(format):
+def test_16_bits_keep_their_high_byte(format: str) -> None:
     values = np.array([[0, 0x80FF, 0xFFFF, 255]], "uint16")
     image = load_image(encoded(Image.fromarray(values), format))
     assert [image.getpixel((x, 0))[0] for x in range(4)] == [0, 0x80, 255, 0]
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 0.25, 0.5, 1], [0, 64, 128, 255]),
+        ([-1, 0.5, 128, 300], [0, 0, 128, 255]),
+        ([0, 0, 0, 0], [0] * 4),
+    ],
+)
+def test_floats_up_to_1_are_scaled_and_others_clipped(values: list[float], expected: list[int]) -> None:
+    image = load_image(encoded(Image.fromarray(np.array([values], "float32")), "TIFF"))
+    assert [image.getpixel((x, 0)) for x in range(4)] == [(value,) * 3 for value in expected]
+
+
 @pytest.mark.parametrize("format", ["JPEG", "TIFF"])
-def test_cmyk_becomes_rgb(format):
+def test_cmyk_becomes_rgb(format: str) -> None:
     data = encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), format)
     assert np.abs(np.array(load_image(data).getpixel((8, 8))) - RED).max() <= 12
 
 
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
-def test_of_an_animation_the_first_frame_is_taken(format):
+def test_the_first_frame_of_an_animation_is_decoded(format: str) -> None:
     frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, GREEN, BLUE)]
     data = encoded(frames[0], format, save_all=True, append_images=frames[1:])
     assert Image.open(io.BytesIO(data)).n_frames == 3
     assert np.abs(np.array(load_image(data).getpixel((8, 8))) - RED).max() <= 12
 
 
-def test_a_100_megapixel_png_of_100_kilobytes_is_refused_before_it_is_decoded(monkeypatch):
+def test_a_100_megapixel_png_of_100_kilobytes_is_refused_before_it_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     data = png_of(10_000, 10_000)
     assert 90_000 < len(data) < 110_000
-    decoded = []
+    decoded: list[Any] = []
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: decoded.append(image))
     limit = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings(record=True) as seen:
@@ -160,13 +179,13 @@ def test_a_100_megapixel_png_of_100_kilobytes_is_refused_before_it_is_decoded(mo
 
 
 @pytest.mark.parametrize(("width", "height"), [(30_000, 30_000), (2**31 - 1, 2**31 - 1), (60_000_000, 1)])
-def test_larger_sizes_in_a_header_are_refused_too(width, height):
+def test_larger_sizes_in_a_header_are_refused_too(width: int, height: int) -> None:
     data = png_of(1, 1)
     header = chunk(b"IHDR", struct.pack(">II", width, height) + data[24:29])
     assert refusal(data[:8] + header + data[33:]).code == "too_large"
 
 
-def test_the_pixel_limit_is_exact():
+def test_the_pixel_limit_is_exact() -> None:
     data = encoded(Image.new("L", (10, 10)))
     assert load_image(data, max_pixels=100).size == (10, 10)
     assert refusal(data, max_pixels=99).code == "too_large"
@@ -183,14 +202,14 @@ def test_the_pixel_limit_is_exact():
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n",
     ],
 )
-def test_what_is_no_image_is_refused_with_what_to_send(data):
+def test_other_files_are_refused_with_the_formats_to_send(data: bytes) -> None:
     error = refusal(data)
     assert error.code == "bad_image"
     assert "PNG, JPEG" in error.message
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
-def test_an_image_cut_short_is_refused(format):
+def test_an_image_cut_short_is_refused(format: str) -> None:
     noise = Image.frombytes("RGB", (64, 64), np.random.default_rng(0).bytes(64 * 64 * 3))
     data = encoded(noise, format)
     assert refusal(data[: len(data) // 2]).code == "bad_image"
@@ -201,17 +220,17 @@ SAMPLES = [encoded(half_and_half(), format) for format in IMAGE_FORMATS] + [tran
 
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(SAMPLES), st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=8))
-def test_a_damaged_image_is_read_or_refused(sample, damage):
+def test_a_damaged_image_is_read_or_refused(sample: bytes, damage: list[tuple[int, int]]) -> None:
     data = bytearray(sample)
-    for place, value in damage:
-        data[place % len(data)] = value
+    for position, value in damage:
+        data[position % len(data)] = value
     try:
         assert load_image(bytes(data), max_pixels=1_000_000).mode == "RGB"
     except JobError as error:
         assert error.code in ("bad_image", "too_large")  # noqa: PT017
 
 
-def test_what_pil_remarks_does_not_leak_from_threads():
+def test_pils_warnings_do_not_leak_from_threads() -> None:
     """A PNG that claims to be an animation of no frames: PIL warns of it and reads it."""
     plain = encoded(half_and_half())
     data = plain[:33] + chunk(b"acTL", bytes(8)) + plain[33:]
@@ -226,7 +245,7 @@ def test_what_pil_remarks_does_not_leak_from_threads():
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP"])
-def test_encoded_images_come_back(format):
+def test_encoded_images_come_back(format: str) -> None:
     text = encode_image(half_and_half(), format)
     assert base64.b64decode(text, validate=True) == decode_base64(text, param="x")
     image = load_image(decode_base64(text, param="x"))

@@ -1,11 +1,10 @@
-"""The retrieval worker: the right pooling and prompt for each family, and reranking."""
+"""The retrieval worker on tiny models: the right pooling and prompt for each family, and reranking."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import json
-import math
 import re
 import threading
 import urllib.request
@@ -15,20 +14,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from openai import OpenAI
+from transformers import AutoModel, AutoTokenizer
 
 from local import running
-from shared import embeddings
-from shared.errors import JobError, StartError
-from shared.jobs import parse
+from tests import helpers
+from tests.helpers import error_of, until
+from tools import tiny_retrieval as tiny
 from tools.models import local_env, minilm
-from tools.models import tiny_retrieval as tiny
-from tools.workers import load_handler
+from tools.workers import load_handler, load_module
 
+pytestmark = pytest.mark.engine
 worker = load_handler("bge")
 
 BGE_QUERY = "Represent this sentence for searching relevant passages: "
-WEB_SEARCH = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:"
+WEB_SEARCH = load_module("bge", "families").WEB_SEARCH
 QUERY = "what is the capital of france?"
 DOCUMENTS = [
     "the giant panda eats bamboo",
@@ -41,225 +42,22 @@ LONG = "panda " * 300
 
 
 async def send(**payload: Any) -> Any:
-    return await worker.handler({"id": "job", "input": payload})
+    return await helpers.send(worker.handler, **payload)
 
 
 async def error(**payload: Any) -> dict[str, Any]:
-    problem: dict[str, Any] = json.loads((await send(**payload))["error"])
-    return problem
+    return await helpers.error(worker.handler, **payload)
 
 
 async def openai(route: str, **body: Any) -> Any:
-    return await send(openai_route=route, openai_input=body)
+    return await helpers.openai(worker.handler, route, **body)
 
 
-# ---- no model: families, prompts, requests -------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "pooling", "query", "document"),
-    [
-        ("BAAI/bge-large-en-v1.5", "cls", BGE_QUERY, ""),
-        ("BAAI/bge-small-en", "cls", BGE_QUERY, ""),
-        ("BAAI/bge-base-zh-v1.5", "cls", "为这个句子生成表示以用于检索相关文章：", ""),
-        ("BAAI/bge-m3", "cls", "", ""),
-        ("intfloat/e5-base-v2", "mean", "query: ", "passage: "),
-        ("intfloat/multilingual-e5-small", "mean", "query: ", "passage: "),
-        ("intfloat/multilingual-e5-large-instruct", "mean", WEB_SEARCH + " ", ""),
-        ("intfloat/e5-mistral-7b-instruct", "lasttoken", WEB_SEARCH + " ", ""),
-        ("thenlper/gte-large", "mean", "", ""),
-        ("thenlper/gte-base-zh", "mean", "", ""),
-        ("Alibaba-NLP/gte-large-en-v1.5", "cls", "", ""),
-        ("Alibaba-NLP/gte-multilingual-base", "cls", "", ""),
-        ("Alibaba-NLP/gte-modernbert-base", "cls", "", ""),
-        ("Alibaba-NLP/gte-Qwen2-7B-instruct", "lasttoken", WEB_SEARCH + " ", ""),
-        ("Qwen/Qwen3-Embedding-0.6B", "lasttoken", WEB_SEARCH, ""),
-        ("/models/models--BAAI--bge-large-en-v1.5/snapshots/0f3a", "cls", BGE_QUERY, ""),
-        ("/data/bge-small-en/my-e5-small", "mean", "query: ", "passage: "),
-    ],
-)
-def test_families_are_known_by_the_models_name(name: str, pooling: str, query: str, document: str) -> None:
-    family = worker.find_family(None, name)
-    assert (family.pooling, family.query, family.document) == (pooling, query, document)
-
-
-def test_the_readme_has_each_familys_prompts() -> None:
-    page = Path(worker.__file__).with_name("README.md").read_text()
-    for family in worker.FAMILIES:
-        for prompt in (family.query, family.document):
-            shown = prompt.replace(WEB_SEARCH, "Instruct: <web search>\\nQuery:")
-            assert f"`{shown}`" in page or not prompt
-    assert WEB_SEARCH.removeprefix("Instruct: ").removesuffix("\nQuery:") in page
-
-
-@pytest.mark.parametrize("name", ["sentence-transformers/all-MiniLM-L6-v2", "BAAI/bge-en-icl", "me/mine"])
-def test_other_models_have_no_family(name: str) -> None:
-    assert worker.find_family(None, name) is None
-    assert worker.find_family("BAAI/bge-m3", name).pooling == "cls", "the served name counts first"
-
-
-@pytest.mark.parametrize(
-    ("own", "default", "query", "document"),
-    [
-        ({"query": "", "document": ""}, None, "query: ", "passage: "),
-        ({}, None, "query: ", "passage: "),
-        ({"query": "q: ", "document": ""}, None, "q: ", ""),
-        ({"query": "q: ", "passage": "p: ", "document": ""}, None, "q: ", "p: "),
-        ({"query": "", "document": "d: "}, None, "", "d: "),
-        ({"query": "q: ", "document": ""}, "q: ", "q: ", ""),
-        ({"query": "", "document": "", "both": "b: "}, "b: ", "b: ", "b: "),
-        ({"query": "", "document": "", "topic": "t: "}, None, "", ""),
-    ],
-)
-def test_what_the_models_files_say_comes_before_the_family(
-    own: dict[str, str], default: str | None, query: str, document: str
-) -> None:
-    family = worker.find_family("intfloat/e5-base")
-    assert worker.choose_prompts(own, default, family) == {"query": query, "document": document}
-    if not any(own.values()):
-        assert worker.choose_prompts(own, default, None) == {"query": "", "document": ""}
-
-
-REQUESTS = (worker.RetrievalRequest, worker.RerankRequest)
-
-
-@pytest.mark.parametrize(
-    ("payload", "kind"),
-    [
-        ({"texts": ["a"], "instruction": "i"}, "RetrievalRequest"),
-        ({"text": "a", "input_type": "query"}, "RetrievalRequest"),
-        ({"query": "a", "documents": ["b"]}, "RerankRequest"),
-        ({"query": "a", "documents": [{"text": "b", "id": 7}], "top_n": 1}, "RerankRequest"),
-    ],
-)
-def test_the_fields_tell_what_is_wanted(payload: dict[str, Any], kind: str) -> None:
-    assert type(parse({"id": "1", "input": payload}, REQUESTS, {})).__name__ == kind
-
-
-@pytest.mark.parametrize(
-    ("payload", "param", "says"),
-    [
-        ({"text": "a", "input_type": "passage"}, "input_type", "'query' or 'document'"),
-        ({"text": "a", "instruction": 1}, "instruction", "string"),
-        ({"text": "a", "instructions": "i"}, "instructions", "Did you mean 'instruction'?"),
-        ({"texts": ["a"], "top_n": 1}, "top_n", "unknown field"),
-        ({"query": "a"}, "documents", "required"),
-        ({"documents": ["a"]}, "query", "required"),
-        ({"query": "", "documents": ["a"]}, "query", "at least 1 character"),
-        ({"query": "a", "documents": []}, "documents", "at least 1 item"),
-        ({"query": "a", "documents": ["b"] * 16385}, "documents", "at most 16384"),
-        ({"query": "a", "documents": ["b", 5]}, "documents", "number 1 is neither"),
-        ({"query": "a", "documents": ["b", {"title": "c"}]}, "documents", "number 1 is neither"),
-        ({"query": "a", "documents": "b"}, "documents", "list"),
-        ({"query": "a", "documents": ["b"], "top_n": 0}, "top_n", "greater than or equal to 1"),
-        ({"query": "a", "documents": ["b"], "top_k": 1}, "top_k", "Did you mean 'top_n'?"),
-    ],
-)
-def test_a_wrong_field_is_named(payload: dict[str, Any], param: str, says: str) -> None:
-    with pytest.raises(JobError) as caught:
-        parse({"id": "1", "input": payload}, REQUESTS, {})
-    assert caught.value.param == param
-    assert says in caught.value.message
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({"architectures": ["BertModel"]}, False),
-        ({"architectures": ["XLMRobertaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}, True),
-        ({"architectures": ["BertForSequenceClassification"], "num_labels": 1}, True),
-        ({"architectures": None}, False),
-        (None, False),
-    ],
-)
-def test_a_cross_encoder_is_known_before_it_is_loaded(tmp_path: Path, config: Any, expected: bool) -> None:
-    if config is not None:
-        (tmp_path / "config.json").write_text(json.dumps(config))
-    assert worker.is_cross_encoder(tmp_path, "some/model") is expected
-
-
-@pytest.mark.parametrize(
-    ("config", "says"),
-    [
-        (
-            {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b", "2": "c"}},
-            "3",
-        ),
-        ({"architectures": ["BertForSequenceClassification"]}, "2 labels"),
-        ({"architectures": ["Qwen3ForCausalLM"]}, "bge-reranker-v2-m3"),
-    ],
-)
-def test_what_would_give_nonsense_is_refused_at_the_start(tmp_path: Path, config: Any, says: str) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(StartError, match=says) as caught:
-        worker.is_cross_encoder(tmp_path, "Qwen/Qwen3-Reranker-0.6B")
-    assert caught.value.code == "unsupported_model"
-
-
-def test_sigmoid_takes_any_score() -> None:
-    assert worker.sigmoid(0) == 0.5
-    assert worker.sigmoid(-1e30) == 0
-    assert worker.sigmoid(1e30) == 1
-    assert math.isnan(worker.sigmoid(math.nan)), "no rank, but an error: shared.jobs refuses it"
-    assert worker.sigmoid(2) == pytest.approx(1 - worker.sigmoid(-2))
-
-
-# ---- tiny models ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of tiny models, named so that their families are known.
-
-    Those whose name ends in `-bare` have no files of sentence-transformers.
-    """
-    root = tmp_path_factory.mktemp("models")
-    tiny.write_modules(tiny.bert(root / "bge-small-en"), "cls")
-    tiny.write_modules(tiny.bert(root / "bge-small-zh"), "cls")
-    tiny.write_modules(tiny.bert(root / "e5-small"), "mean")
-    tiny.write_modules(tiny.xlm_roberta(root / "bge-m3"), "cls")
-    tiny.write_modules(tiny.xlm_roberta(root / "multilingual-e5-large-instruct"), "mean")
-    tiny.write_modules(tiny.qwen3(root / "qwen3-embedding"), "lasttoken")
-    tiny.bert(root / "bge-small-en-bare")
-    tiny.bert(root / "e5-small-bare")
-    tiny.bert(root / "gte-small-bare")
-    tiny.qwen3(root / "qwen3-embedding-bare")
-    tiny.write_modules(tiny.bert(root / "e5-small-own"), "mean", {"query": "find: ", "passage": "text: "})
-    tiny.reranker(root / "rank-bert")
-    tiny.reranker(root / "bge-reranker-base", architecture="xlm-roberta")
-    return root
-
-
-@pytest.fixture(scope="module")
-def load(models: Path) -> Callable[[str], Any]:
-    loaded: dict[str, Any] = {}
-
-    def load(name: str, **settings: Any) -> Any:
-        key = name + json.dumps(settings)
-        if key not in loaded:
-            loaded[key] = worker.load(worker.Settings(model_name=str(models / name), **settings))
-        return loaded[key]
-
-    return load
-
-
-@pytest.fixture
-def use(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Puts a model into the handler's module, as `prepare()` does, and returns it."""
-
-    def use(name: str, **settings: Any) -> Any:
-        engine = load(name, **settings)
-        monkeypatch.setattr(worker, "engine", engine, raising=False)
-        return engine
-
-    return use
+# ---- embeddings ----------------------------------------------------------------------------------------
 
 
 def plainly(folder: Path, pooling: str, texts: list[str]) -> np.ndarray:
     """Embeddings by transformers alone: one text at a time, so that nothing is padded."""
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder).eval()
     rows = []
@@ -286,9 +84,8 @@ FAMILIES = [
 ]
 
 
-@pytest.mark.engine
 @pytest.mark.parametrize(("name", "pooling", "query", "document"), FAMILIES)
-async def test_each_family_gets_its_pooling_and_its_prompts(
+async def test_each_family_has_its_pooling_and_its_prompts(
     use: Callable[..., Any], models: Path, name: str, pooling: str, query: str, document: str
 ) -> None:
     use(name)
@@ -299,7 +96,6 @@ async def test_each_family_gets_its_pooling_and_its_prompts(
         np.testing.assert_allclose(answer["embeddings"], expected, atol=1e-6)
 
 
-@pytest.mark.engine
 @pytest.mark.parametrize("name", ["bge-small-en", "e5-small", "qwen3-embedding"])
 async def test_a_vector_does_not_depend_on_its_neighbours(use: Callable[..., Any], name: str) -> None:
     use(name)
@@ -311,8 +107,7 @@ async def test_a_vector_does_not_depend_on_its_neighbours(use: Callable[..., Any
     np.testing.assert_allclose([job["embeddings"][0] for job in jobs], alone * 3, atol=1e-6)
 
 
-@pytest.mark.engine
-async def test_who_decides_on_the_prompt(use: Callable[..., Any]) -> None:
+async def test_the_precedence_of_prompts(use: Callable[..., Any]) -> None:
     use("bge-small-en")
 
     async def prompt(**fields: Any) -> Any:
@@ -328,15 +123,13 @@ async def test_who_decides_on_the_prompt(use: Callable[..., Any]) -> None:
     assert "'query'" in (await error(text="a", prompt_name="nothing"))["message"]
 
 
-@pytest.mark.engine
 async def test_prompts_of_the_models_files_can_be_named(use: Callable[..., Any]) -> None:
     use("e5-small-own")
     assert (await send(text="a", prompt_name="passage"))["prompt"] == "text: "
     assert (await send(text="a", prompt_name="document"))["prompt"] == "text: "
 
 
-@pytest.mark.engine
-async def test_the_answer_says_what_was_done(use: Callable[..., Any]) -> None:
+async def test_the_answer_has_prompt_pooling_and_counts(use: Callable[..., Any]) -> None:
     use("bge-small-en", served_model_name="BAAI/bge-small-en-v1.5")
     answer = await send(texts=["the", LONG], input_type="query")
     tokens = answer.pop("usage")
@@ -353,7 +146,6 @@ async def test_the_answer_says_what_was_done(use: Callable[..., Any]) -> None:
     }
 
 
-@pytest.mark.engine
 async def test_the_common_options_work_here_too(use: Callable[..., Any]) -> None:
     use("bge-small-en-bare")
     plain = np.array((await send(texts=DOCUMENTS, normalize=False))["embeddings"])
@@ -366,7 +158,6 @@ async def test_the_common_options_work_here_too(use: Callable[..., Any]) -> None
     assert (await error())["code"] == "empty"
 
 
-@pytest.mark.engine
 async def test_the_embeddings_route_knows_queries_from_documents(use: Callable[..., Any]) -> None:
     engine = use("e5-small", served_model_name="intfloat/e5-small")
     for kind, prompt in [("query", "query: "), ("document", "passage: ")]:
@@ -380,16 +171,15 @@ async def test_the_embeddings_route_knows_queries_from_documents(use: Callable[.
         assert answer["usage"]["prompt_tokens"] == len(
             engine.encoder.model.tokenizer(prompt + QUERY)["input_ids"]
         )
-    problem = json.loads((await openai("/v1/embeddings", input="a", input_type="passage"))["error"])
+    problem = error_of(await openai("/v1/embeddings", input="a", input_type="passage"))
     assert problem["param"] == "input_type"
     assert [model["id"] for model in (await openai("/v1/models"))["data"]] == ["intfloat/e5-small"]
 
 
-@pytest.mark.engine
 @pytest.mark.parametrize("name", ["bge-small-en", "e5-small", "rank-bert"])
 async def test_required_fields_are_enough(use: Callable[..., Any], name: str) -> None:
     engine = use(name)
-    if isinstance(engine.model, worker.Encoder):
+    if engine.embedder:
         assert (await send(texts=["a"]))["count"] == 1
         assert (await openai("/v1/embeddings", input="a"))["data"][0]["index"] == 0
     assert len((await send(query="a", documents=["b"]))["results"]) == 1
@@ -399,38 +189,21 @@ async def test_required_fields_are_enough(use: Callable[..., Any], name: str) ->
 # ---- reranking -----------------------------------------------------------------------------------------
 
 
-def predicted(folder: Path, query: str, documents: list[str]) -> list[float]:
-    """The scores that sentence-transformers gives, one pair at a time."""
-    import torch
-    from sentence_transformers import CrossEncoder
-
-    model = CrossEncoder(str(folder), device="cpu", activation_fn=torch.nn.Identity())
-    return [float(model.predict([(query, text)], show_progress_bar=False)[0]) for text in documents]
-
-
-@pytest.mark.engine
 @pytest.mark.parametrize("name", ["rank-bert", "bge-reranker-base"])
-async def test_a_cross_encoder_ranks_as_the_library_does(
-    use: Callable[..., Any], models: Path, name: str
-) -> None:
-    use(name)
+async def test_a_cross_encoder_ranks_by_its_scores(use: Callable[..., Any], name: str) -> None:
+    engine = use(name)
     documents = [*DOCUMENTS, "", LONG]
-    expected = predicted(models / name, QUERY, documents)
-    assert max(expected) - min(expected) > 0.1, "scores that hardly differ would prove nothing"
-    answer = await send(query=QUERY, documents=documents, raw_scores=True)
-    order = [result["index"] for result in answer["results"]]
-    assert order == sorted(range(len(documents)), key=lambda index: -expected[index])
-    for result in answer["results"]:
-        assert set(result) == {"index", "relevance_score"}
-        assert type(result["relevance_score"]) is float
-        assert result["relevance_score"] == pytest.approx(expected[result["index"]], abs=1e-5)
-    assert (answer["method"], answer["truncated"]) == ("cross-encoder", 1)
-    jobs = await asyncio.gather(*(send(query=QUERY, documents=[text]) for text in documents))
-    for job, score in zip(jobs, expected, strict=True):
-        assert job["results"][0]["relevance_score"] == pytest.approx(1 / (1 + math.exp(-score)), abs=1e-5)
+    for fields in ({}, {"raw_scores": True}):
+        expected = (await engine.score(QUERY, documents, **fields)).values
+        answer = await send(query=QUERY, documents=documents, **fields)
+        assert scores(answer) == pytest.approx(sorted(expected, reverse=True), abs=1e-5)
+        for result in answer["results"]:
+            assert set(result) == {"index", "relevance_score"}
+            assert type(result["relevance_score"]) is float
+            assert result["relevance_score"] == pytest.approx(expected[result["index"]], abs=1e-5)
+        assert (answer["method"], answer["truncated"]) == ("cross-encoder", 1)
 
 
-@pytest.mark.engine
 @pytest.mark.parametrize(
     ("name", "query", "document"), [("bge-small-en", BGE_QUERY, ""), ("e5-small", "query: ", "passage: ")]
 )
@@ -452,7 +225,6 @@ def scores(answer: Any) -> list[float]:
     return [result["relevance_score"] for result in answer["results"]]
 
 
-@pytest.mark.engine
 @pytest.mark.parametrize("name", ["rank-bert", "bge-small-en"])
 async def test_ranks_come_in_the_shape_of_cohere_and_jina(use: Callable[..., Any], name: str) -> None:
     use(name, served_model_name="me/ranker")
@@ -472,13 +244,14 @@ async def test_ranks_come_in_the_shape_of_cohere_and_jina(use: Callable[..., Any
     everything = await send(query=QUERY, documents=documents, top_n=100)
     assert sorted(result["index"] for result in everything["results"]) == [0, 1, 2, 3]
     assert scores(everything) == sorted(scores(everything), reverse=True)
-    problem = json.loads((await openai("/v1/rerank", model="other", query="a", documents=["b"]))["error"])
+    problem = error_of(await openai("/v1/rerank", model="other", query="a", documents=["b"]))
     assert (problem["param"], problem["code"]) == ("model", "model_not_found")
 
 
-@pytest.mark.engine
 @pytest.mark.parametrize("name", ["rank-bert", "bge-reranker-base", "bge-small-en"])
-async def test_a_long_document_is_cut_and_a_long_query_is_not(use: Callable[..., Any], name: str) -> None:
+async def test_a_long_document_is_truncated_and_a_long_query_refused(
+    use: Callable[..., Any], name: str
+) -> None:
     use(name)
     answer = await send(query=QUERY, documents=["a", LONG, LONG + "more"])
     assert answer["truncated"] == 2
@@ -492,11 +265,10 @@ async def test_a_long_document_is_cut_and_a_long_query_is_not(use: Callable[...,
     assert "128" in problem["message"]
 
 
-@pytest.mark.engine
-async def test_a_reranker_says_that_it_gives_no_embeddings(use: Callable[..., Any]) -> None:
+async def test_a_reranker_refuses_embedding_requests(use: Callable[..., Any]) -> None:
     use("rank-bert", served_model_name="me/ranker")
     for answer in (await send(texts=["a"]), await openai("/v1/embeddings", input="a"), await send()):
-        problem = json.loads(answer["error"])
+        problem = error_of(answer)
         assert problem["code"] == "no_embeddings"
         assert "me/ranker is a reranker" in problem["message"]
         assert "query and documents" in problem["message"]
@@ -506,46 +278,41 @@ async def test_a_reranker_says_that_it_gives_no_embeddings(use: Callable[..., An
 
 
 class Watch:
-    """Notes the batches that an engine runs: the lengths of the items in each."""
+    """Records the batches that an engine runs: the number of tokens of each sequence."""
 
-    def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch, most: int = 10**9) -> None:
-        import torch
-
+    def __init__(self, engine: Any, monkeypatch: pytest.MonkeyPatch, max_batch: int = 10**9) -> None:
         self.batches: list[list[int]] = []
         self.gate = threading.Event()
         self.gate.set()
-        self._waiting = lambda: len(model._batcher._waiting)
-        run = model._batcher._run
+        owner = engine.embedder or engine.score.__self__
+        self.batcher, model = owner.batcher, owner.model
+        forward = model.forward
 
-        def watched(items: list[Any]) -> Any:
-            self.batches.append([len(item.tokens) for item in items])
+        def watched(*args: Any, **inputs: Any) -> Any:
+            mask = (args[0] if args else inputs)["attention_mask"]
+            self.batches.append(mask.sum(1).tolist())
             assert self.gate.wait(60)
-            if len(items) > most:
+            if len(mask) > max_batch:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return run(items)
+            return forward(*args, **inputs)
 
-        monkeypatch.setattr(model._batcher, "_run", watched)
+        monkeypatch.setattr(model, "forward", watched)
 
     async def gathered(self, jobs: list[Any], items: int) -> list[Any]:
-        """The answers of `jobs`, which run from the moment that all of their items have come in."""
+        """The answers of `jobs`, which run from the moment that all of their items are queued."""
         self.gate.clear()
         answers = asyncio.gather(*jobs)
-        async with asyncio.timeout(60):
-            while sum(map(len, self.batches)) + self._waiting() < items:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        await until(lambda: sum(map(len, self.batches)) + self.batcher.queued >= items)
         self.gate.set()
         return list(await answers)
 
 
-@pytest.mark.engine
 @pytest.mark.parametrize("name", ["bge-small-en", "rank-bert"])
 async def test_jobs_run_together_within_the_budget(
     use: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    for module in (worker, embeddings):
-        monkeypatch.setattr(module, "parallel_batches", lambda _: 2)
     engine = use(name, max_batch_tokens=100)
-    watch = Watch(engine.model, monkeypatch)
+    watch = Watch(engine, monkeypatch)
     texts = [" ".join(["panda"] * (1 + 7 * i % 30)) for i in range(40)] + [LONG]
     if name == "rank-bert":
         sent = [send(query="a", documents=[text, "b"]) for text in texts]
@@ -555,13 +322,12 @@ async def test_jobs_run_together_within_the_budget(
     assert not any("error" in job for job in jobs)
     assert sum(map(len, watch.batches)) == 2 * len(texts)
     assert len(watch.batches) < len(texts)
-    assert [128] in watch.batches, "what is longer than the budget runs alone"
+    assert [128] in watch.batches, "a text longer than the budget runs alone"
     for batch in watch.batches:
         assert len(batch) == 1 or max(batch) * len(batch) <= 100
         assert batch == sorted(batch, reverse=True)
 
 
-@pytest.mark.engine
 @pytest.mark.parametrize("name", ["bge-small-en", "rank-bert"])
 async def test_out_of_memory_halves_the_batch(
     use: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
@@ -569,7 +335,7 @@ async def test_out_of_memory_halves_the_batch(
     engine = use(name)
     payload = {"query": "a", "documents": DOCUMENTS * 4} if name == "rank-bert" else {"texts": DOCUMENTS * 4}
     expected = await send(**payload)
-    watch = Watch(engine.model, monkeypatch, most=3)
+    watch = Watch(engine, monkeypatch, max_batch=3)
     answer = await send(**payload)
     assert max(map(len, watch.batches)) > 3, "it did run out of memory"
     if name == "rank-bert":
@@ -579,9 +345,8 @@ async def test_out_of_memory_halves_the_batch(
         np.testing.assert_allclose(answer["embeddings"], expected["embeddings"], atol=1e-5)
 
 
-@pytest.mark.engine
 @pytest.mark.parametrize("name", ["bge-small-en", "rank-bert"])
-async def test_what_cannot_be_tokenized_fails_alone(use: Callable[..., Any], name: str) -> None:
+async def test_a_text_that_cannot_be_tokenized_fails_alone(use: Callable[..., Any], name: str) -> None:
     use(name)
     texts = ["a", "half a character \ud83d", "b"]
     if name == "rank-bert":
@@ -589,14 +354,13 @@ async def test_what_cannot_be_tokenized_fails_alone(use: Callable[..., Any], nam
     else:
         jobs = await asyncio.gather(*(send(text=text) for text in texts))
     assert ["error" in job for job in jobs] == [False, True, False]
-    problem = json.loads(jobs[1]["error"])
+    problem = error_of(jobs[1])
     assert problem["code"] == "invalid_value"
     assert "half of a surrogate pair" in problem["message"]
 
 
-@pytest.mark.engine
 @pytest.mark.parametrize("name", ["bge-small-en", "rank-bert"])
-async def test_what_goes_before_each_text_cannot_fill_the_memory(use: Callable[..., Any], name: str) -> None:
+async def test_a_prompt_before_many_texts_cannot_fill_the_memory(use: Callable[..., Any], name: str) -> None:
     """A request of 40 kB would become one of 320 MB."""
     use(name)
     many, long = ["a"] * 8000, "x " * 20_000
@@ -604,23 +368,21 @@ async def test_what_goes_before_each_text_cannot_fill_the_memory(use: Callable[.
         answer, param = await send(query=long, documents=many), "query"
     else:
         answer, param = await send(texts=many, instruction=long, dimensions=2), "instruction"
-    problem = json.loads(answer["error"])
+    problem = error_of(answer)
     assert (problem["code"], problem["param"]) == ("too_large", param)
 
 
-@pytest.mark.engine
 @pytest.mark.parametrize(
     ("name", "field"), [("bge-small-en", "prompt"), ("bge-small-en", "instruction"), ("rank-bert", "query")]
 )
-async def test_an_error_about_what_goes_before_each_text_names_that(
+async def test_an_error_about_a_prompt_names_its_field(
     use: Callable[..., Any], name: str, field: str
 ) -> None:
     use(name)
     texts = {"documents" if field == "query" else "texts": ["a"]}
-    assert json.loads((await send(**texts, **{field: "\ud83d"}))["error"])["param"] == field
+    assert error_of(await send(**texts, **{field: "\ud83d"}))["param"] == field
 
 
-@pytest.mark.engine
 async def test_two_thousand_documents_in_one_job(use: Callable[..., Any]) -> None:
     use("rank-bert")
     documents = [DOCUMENTS[i % 5] for i in range(2000)]
@@ -682,9 +444,10 @@ def shared_words(one: str, other: str) -> int:
     return len(words[0] & words[1])
 
 
-@pytest.mark.engine
 async def test_the_right_passage_ranks_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = worker.Settings(model_name=str(minilm()), served_model_name="all-MiniLM-L6-v2")
+    settings = load_module("bge", "schemas").Settings(
+        model_name=str(minilm()), served_model_name="all-MiniLM-L6-v2"
+    )
     monkeypatch.setattr(worker, "engine", worker.load(settings), raising=False)
     questions = [question for question, _, _ in RETRIEVAL]
     right = list(range(len(RETRIEVAL)))
@@ -713,7 +476,6 @@ def runsync(platform: Any, **payload: Any) -> Any:
         return json.load(response)
 
 
-@pytest.mark.engine
 def test_clients_of_openai_and_of_rerankers_are_served() -> None:
     with running("bge", env=local_env("bge")) as platform:
         client = OpenAI(base_url=platform.openai_url, api_key="local")
@@ -733,11 +495,10 @@ def test_clients_of_openai_and_of_rerankers_are_served() -> None:
         assert (failed["status"], json.loads(failed["error"])["param"]) == ("FAILED", "texts.1")
 
 
-@pytest.mark.engine
-def test_a_reranker_is_served_and_a_classifier_is_refused(models: Path) -> None:
+def test_a_reranker_is_served_and_a_classifier_is_refused(models: Path, use: Callable[..., Any]) -> None:
     with running("bge", env={"MODEL_NAME": str(models / "rank-bert"), "HF_HUB_OFFLINE": "1"}) as platform:
         answer = runsync(platform, query=QUERY, documents=DOCUMENTS, top_n=2)["output"]
-        expected = predicted(models / "rank-bert", QUERY, DOCUMENTS)
+        expected = asyncio.run(use("rank-bert").score(QUERY, DOCUMENTS)).values
         assert [result["index"] for result in answer["results"]] == list(np.argsort(expected)[:-3:-1])
         failed = runsync(platform, texts=["a"])
         assert (failed["status"], json.loads(failed["error"])["code"]) == ("FAILED", "no_embeddings")

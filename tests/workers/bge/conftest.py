@@ -1,0 +1,63 @@
+"""Tiny models of the families that this worker knows, made once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools import tiny_retrieval as tiny
+from tools.workers import load_handler, load_module
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tiny models, each named so that its family is known.
+
+    Those whose name ends in `-bare` have no files of sentence-transformers.
+    """
+    root = tmp_path_factory.mktemp("models")
+    tiny.write_modules(tiny.bert(root / "bge-small-en"), "cls")
+    tiny.write_modules(tiny.bert(root / "bge-small-zh"), "cls")
+    tiny.write_modules(tiny.bert(root / "e5-small"), "mean")
+    tiny.write_modules(tiny.xlm_roberta(root / "bge-m3"), "cls")
+    tiny.write_modules(tiny.xlm_roberta(root / "multilingual-e5-large-instruct"), "mean")
+    tiny.write_modules(tiny.qwen3(root / "qwen3-embedding"), "lasttoken")
+    tiny.bert(root / "bge-small-en-bare")
+    tiny.bert(root / "e5-small-bare")
+    tiny.bert(root / "gte-small-bare")
+    tiny.qwen3(root / "qwen3-embedding-bare")
+    tiny.write_modules(tiny.bert(root / "e5-small-own"), "mean", {"query": "find: ", "passage": "text: "})
+    tiny.reranker(root / "rank-bert")
+    tiny.reranker(root / "bge-reranker-base", architecture="xlm-roberta")
+    return root
+
+
+@pytest.fixture(scope="session")
+def load(models: Path) -> Callable[..., Any]:
+    """Loads one of `models` by its name, once for each set of settings."""
+    loaded: dict[str, Any] = {}
+    settings_class = load_module("bge", "schemas").Settings
+
+    def load(name: str, **settings: Any) -> Any:
+        key = name + json.dumps(settings)
+        if key not in loaded:
+            loaded[key] = load_handler("bge").load(settings_class(model_name=str(models / name), **settings))
+        return loaded[key]
+
+    return load
+
+
+@pytest.fixture
+def use(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Puts a model into the handler's module, as `prepare()` does, and returns it."""
+
+    def use(name: str, **settings: Any) -> Any:
+        engine = load(name, **settings)
+        monkeypatch.setattr(load_handler("bge"), "engine", engine, raising=False)
+        return engine
+
+    return use

@@ -1,0 +1,115 @@
+"""Settings, requests and responses of this worker."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, field_validator
+
+from serving.embedding.schemas import MAX_INPUTS, EmbeddingsRequest, EmbedRequest, EmbedResponse, Usage
+from shared.openai import OpenAIRequest
+from shared.requests import Request
+from shared.settings import WorkerSettings
+
+
+class Settings(WorkerSettings):
+    model_name: str = Field(
+        "BAAI/bge-large-en-v1.5",
+        description="Id on the Hugging Face Hub, or a folder, of an embedding model or a reranker",
+    )
+    max_concurrency: int = Field(
+        128, ge=1, le=1024, description="Jobs that one worker takes at a time; constant while it lives"
+    )
+    max_batch_tokens: int | None = Field(
+        None, ge=1, description="Tokens in one padded batch; unset: 16384 on a GPU, 1024 on CPU"
+    )
+
+
+# ---- embedding -----------------------------------------------------------------------------------------
+
+
+class PromptFields(BaseModel):
+    """What chooses the prompt, the text that goes before each text."""
+
+    instruction: str | None = Field(
+        None, description="Put before each text unchanged; takes precedence over the other prompt fields"
+    )
+    input_type: Literal["query", "document"] = Field(
+        "document", description="Which of the model's prompts goes before each text"
+    )
+
+
+class RetrievalRequest(PromptFields, EmbedRequest):
+    pass
+
+
+class RetrievalResponse(EmbedResponse):
+    pooling: str | None = Field(description="How token vectors became one: cls, mean, lasttoken")
+    prompt: str = Field(description="What was put before each text")
+
+
+class RetrievalEmbeddingsRequest(PromptFields, EmbeddingsRequest):
+    pass
+
+
+# ---- reranking -----------------------------------------------------------------------------------------
+
+
+class RerankFields(BaseModel):
+    query: str = Field(min_length=1, description="The query that documents are ranked by")
+    documents: list[str | dict[str, Any]] = Field(
+        min_length=1, max_length=MAX_INPUTS, description="Texts, or objects that have a `text`"
+    )
+    top_n: int | None = Field(None, ge=1, description="Return only this many results, the best; unset: all")
+    return_documents: bool = Field(False, description="Return each result's document too")
+    raw_scores: bool = Field(
+        False, description="A cross-encoder's logits as scores; false: their sigmoid, between 0 and 1"
+    )
+    truncate: bool = Field(True, description="Cut documents that are too long; false: refuse them")
+
+    @field_validator("documents", mode="before")
+    @classmethod
+    def _have_text(cls, value: Any) -> Any:
+        for number, document in enumerate(value if isinstance(value, list) else ()):
+            text = document.get("text") if isinstance(document, dict) else document
+            if not isinstance(text, str):
+                raise ValueError(f"number {number} is neither a text nor an object whose `text` is one")
+        return value
+
+    @property
+    def texts(self) -> list[str]:
+        """The documents' texts."""
+        return [document if isinstance(document, str) else document["text"] for document in self.documents]
+
+    def document(self, index: int) -> dict[str, Any]:
+        """One of the documents, as an object."""
+        document = self.documents[index]
+        return {"text": document} if isinstance(document, str) else document
+
+
+class RerankRequest(RerankFields, Request):
+    pass
+
+
+class OpenAIRerankRequest(RerankFields, OpenAIRequest):
+    model: str | None = Field(None, description="The served model's name")
+
+
+class RankedDocument(BaseModel):
+    index: int = Field(description="Which of `documents`, from 0")
+    relevance_score: float = Field(description="Higher is better")
+    document: dict[str, Any] | None = Field(
+        exclude_if=lambda document: document is None,
+        description="The object as it was sent, or `{text}`; only with `return_documents`",
+    )
+
+
+class RerankResponse(BaseModel):
+    results: list[RankedDocument] = Field(description="The best first")
+    model: str = Field(description="The model, as MODEL_NAME gives it")
+    revision: str | None = Field(description="Its commit, where known")
+    method: Literal["cross-encoder", "cosine"] = Field(
+        description="Whether a reranker read each pair or embeddings were compared"
+    )
+    truncated: int = Field(description="How many documents were cut to the model's length")
+    usage: Usage
