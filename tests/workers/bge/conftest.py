@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,27 +36,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
-def load(models: Path) -> Callable[..., Any]:
-    """Loads one of `models` by its name, once for each set of settings."""
-    loaded: dict[str, Any] = {}
+@functools.cache
+def load(folder: Path, **settings: Any) -> Any:
     settings_class = load_module("bge", "schemas").Settings
-
-    def load(name: str, **settings: Any) -> Any:
-        key = name + json.dumps(settings)
-        if key not in loaded:
-            loaded[key] = load_handler("bge").load(settings_class(model_name=str(models / name), **settings))
-        return loaded[key]
-
-    return load
+    return load_handler("bge").load(settings_class(model_name=str(folder), **settings))
 
 
 @pytest.fixture
-def use(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def use(models: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Puts a model into the handler's module, as `prepare()` does, and returns it."""
 
     def use(name: str, **settings: Any) -> Any:
-        engine = load(name, **settings)
+        engine = load(models / name, **settings)
         monkeypatch.setattr(load_handler("bge"), "engine", engine, raising=False)
         return engine
 

@@ -9,6 +9,7 @@ import re
 import threading
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,8 @@ DOCUMENTS = [
 LONG = "panda " * 300
 
 
-async def send(**payload: Any) -> Any:
-    return await helpers.send(worker.handler, **payload)
-
-
-async def error(**payload: Any) -> dict[str, Any]:
-    return await helpers.error(worker.handler, **payload)
-
-
-async def openai(route: str, **body: Any) -> Any:
-    return await helpers.openai(worker.handler, route, **body)
+send, error = partial(helpers.send, worker.handler), partial(helpers.error, worker.handler)
+openai = partial(helpers.openai, worker.handler)
 
 
 # ---- embeddings ----------------------------------------------------------------------------------------
@@ -121,12 +114,8 @@ async def test_the_precedence_of_prompts(use: Callable[..., Any]) -> None:
     assert await prompt(instruction="", input_type="query") == ""
     assert (await error(text="a", prompt="p", prompt_name="query"))["param"] == "prompt"
     assert "'query'" in (await error(text="a", prompt_name="nothing"))["message"]
-
-
-async def test_prompts_of_the_models_files_can_be_named(use: Callable[..., Any]) -> None:
     use("e5-small-own")
-    assert (await send(text="a", prompt_name="passage"))["prompt"] == "text: "
-    assert (await send(text="a", prompt_name="document"))["prompt"] == "text: "
+    assert await prompt(prompt_name="passage") == await prompt(prompt_name="document") == "text: "
 
 
 async def test_the_answer_has_prompt_pooling_and_counts(use: Callable[..., Any]) -> None:
@@ -277,72 +266,33 @@ async def test_a_reranker_refuses_embedding_requests(use: Callable[..., Any]) ->
 # ---- batching ------------------------------------------------------------------------------------------
 
 
-class Watch:
-    """Records the batches that an engine runs: the number of tokens of each sequence."""
-
-    def __init__(self, engine: Any, monkeypatch: pytest.MonkeyPatch, max_batch: int = 10**9) -> None:
-        self.batches: list[list[int]] = []
-        self.gate = threading.Event()
-        self.gate.set()
-        owner = engine.embedder or engine.score.__self__
-        self.batcher, model = owner.batcher, owner.model
-        forward = model.forward
-
-        def watched(*args: Any, **inputs: Any) -> Any:
-            mask = (args[0] if args else inputs)["attention_mask"]
-            self.batches.append(mask.sum(1).tolist())
-            assert self.gate.wait(60)
-            if len(mask) > max_batch:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return forward(*args, **inputs)
-
-        monkeypatch.setattr(model, "forward", watched)
-
-    async def gathered(self, jobs: list[Any], items: int) -> list[Any]:
-        """The answers of `jobs`, which run from the moment that all of their items are queued."""
-        self.gate.clear()
-        answers = asyncio.gather(*jobs)
-        await until(lambda: sum(map(len, self.batches)) + self.batcher.queued >= items)
-        self.gate.set()
-        return list(await answers)
-
-
 @pytest.mark.parametrize("name", ["bge-small-en", "rank-bert"])
-async def test_jobs_run_together_within_the_budget(
-    use: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+async def test_jobs_run_together_within_the_budget(use: Callable[..., Any], name: str) -> None:
+    """The first batches run when all of the jobs' texts are queued."""
     engine = use(name, max_batch_tokens=100)
-    watch = Watch(engine, monkeypatch)
+    owner = engine.embedder or engine.score.__self__
+    batches: list[list[int]] = []  # tokens of each sequence
+    gate = threading.Event()
+
+    def hold(_: Any, args: Any, inputs: Any) -> None:
+        batches.append((args[0] if args else inputs)["attention_mask"].sum(1).tolist())
+        assert gate.wait(60)
+
+    hook = owner.model.register_forward_pre_hook(hold, with_kwargs=True)
     texts = [" ".join(["panda"] * (1 + 7 * i % 30)) for i in range(40)] + [LONG]
-    if name == "rank-bert":
-        sent = [send(query="a", documents=[text, "b"]) for text in texts]
-    else:
-        sent = [send(texts=[text, "b"]) for text in texts]
-    jobs = await watch.gathered(sent, 2 * len(texts))
-    assert not any("error" in job for job in jobs)
-    assert sum(map(len, watch.batches)) == 2 * len(texts)
-    assert len(watch.batches) < len(texts)
-    assert [128] in watch.batches, "a text longer than the budget runs alone"
-    for batch in watch.batches:
+    query = {"query": "a"} if name == "rank-bert" else {}
+    field = "documents" if query else "texts"
+    jobs = asyncio.gather(*(send(**query, **{field: [text, "b"]}) for text in texts))
+    await until(lambda: sum(map(len, batches)) + owner.batcher.queued == 2 * len(texts))
+    gate.set()
+    assert not any("error" in job for job in await jobs)
+    hook.remove()
+    assert sum(map(len, batches)) == 2 * len(texts)
+    assert len(batches) < len(texts)
+    assert [128] in batches, "a text longer than the budget runs alone"
+    for batch in batches:
         assert len(batch) == 1 or max(batch) * len(batch) <= 100
         assert batch == sorted(batch, reverse=True)
-
-
-@pytest.mark.parametrize("name", ["bge-small-en", "rank-bert"])
-async def test_out_of_memory_halves_the_batch(
-    use: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    engine = use(name)
-    payload = {"query": "a", "documents": DOCUMENTS * 4} if name == "rank-bert" else {"texts": DOCUMENTS * 4}
-    expected = await send(**payload)
-    watch = Watch(engine, monkeypatch, max_batch=3)
-    answer = await send(**payload)
-    assert max(map(len, watch.batches)) > 3, "it did run out of memory"
-    if name == "rank-bert":
-        scores, same = ({r["index"]: r["relevance_score"] for r in a["results"]} for a in (answer, expected))
-        assert scores == pytest.approx(same, abs=1e-5)
-    else:
-        np.testing.assert_allclose(answer["embeddings"], expected["embeddings"], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bge-small-en", "rank-bert"])
@@ -395,48 +345,39 @@ async def test_two_thousand_documents_in_one_job(use: Callable[..., Any]) -> Non
 # ---- a real model --------------------------------------------------------------------------------------
 
 # A question, the passage that answers it, and one that shares more of its words and does not.
-RETRIEVAL = [
-    (
-        "How tall is the tower in Paris?",
-        "The Eiffel Tower rises 330 metres above the Champ de Mars.",
-        "How is the weather in Paris? In June the evenings are mild.",
-    ),
-    (
-        "Which animal sleeps most of the day?",
-        "Koalas sleep up to twenty hours, longer than any other creature.",
-        "Which of the shops is open most of the day?",
-    ),
-    (
-        "Who wrote the book about the white whale?",
-        "Herman Melville published Moby-Dick, a novel of the sea, in 1851.",
-        "Who painted the kitchen white, and who wrote the letter about the colour?",
-    ),
-    (
-        "Why do leaves turn red in autumn?",
-        "As nights grow longer, chlorophyll breaks down and other pigments show.",
-        "Why do prices turn down in the sales?",
-    ),
-    (
-        "How is bread made to rise?",
-        "Yeast ferments sugar into carbon dioxide, and the dough expands.",
-        "How is rent made to rise every year?",
-    ),
-    (
-        "How do I undo my last commit?",
-        "git reset --soft HEAD~1 moves the branch back and keeps your changes.",
-        "How do I find the last page of my diary?",
-    ),
-    (
-        "When does the bank open on Saturday?",
-        "Weekend hours of our branch: money is paid out from nine to noon.",
-        "When does the film on the open air stage end?",
-    ),
-    (
-        "What is a good cure for a headache?",
-        "Aspirin and a dark quiet room relieve most pain in the temples.",
-        "What is a good name for a band?",
-    ),
-]
+QUESTIONS = """\
+How tall is the tower in Paris?
+The Eiffel Tower rises 330 metres above the Champ de Mars.
+How is the weather in Paris? In June the evenings are mild.
+
+Which animal sleeps most of the day?
+Koalas sleep up to twenty hours, longer than any other creature.
+Which of the shops is open most of the day?
+
+Who wrote the book about the white whale?
+Herman Melville published Moby-Dick, a novel of the sea, in 1851.
+Who painted the kitchen white, and who wrote the letter about the colour?
+
+Why do leaves turn red in autumn?
+As nights grow longer, chlorophyll breaks down and other pigments show.
+Why do prices turn down in the sales?
+
+How is bread made to rise?
+Yeast ferments sugar into carbon dioxide, and the dough expands.
+How is rent made to rise every year?
+
+How do I undo my last commit?
+git reset --soft HEAD~1 moves the branch back and keeps your changes.
+How do I find the last page of my diary?
+
+When does the bank open on Saturday?
+Weekend hours of our branch: money is paid out from nine to noon.
+When does the film on the open air stage end?
+
+What is a good cure for a headache?
+Aspirin and a dark quiet room relieve most pain in the temples.
+What is a good name for a band?"""
+RETRIEVAL = [group.splitlines() for group in QUESTIONS.split("\n\n")]
 
 
 def shared_words(one: str, other: str) -> int:

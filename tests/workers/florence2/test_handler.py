@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,10 @@ from tools.models import local_env
 from tools.workers import ROOT, load_handler
 
 worker = load_handler("florence2")
-on_the_model = pytest.mark.usefixtures("engine")
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engine")]
 
 
-async def send(**payload: Any) -> Any:
-    return await helpers.send(worker.handler, **payload)
-
-
-async def error(**payload: Any) -> dict[str, Any]:
-    return await helpers.error(worker.handler, **payload)
+send, error = partial(helpers.send, worker.handler), partial(helpers.error, worker.handler)
 
 
 def test_torchs_threads_do_not_spin_unless_the_environment_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,8 +47,6 @@ def test_torchs_threads_do_not_spin_unless_the_environment_says_so(monkeypatch: 
 # ---- the model -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.engine
-@on_the_model
 async def test_regions_are_in_pixels_of_the_image() -> None:
     def parsed(answer: Any) -> Any:
         ((prompt, value),) = answer["parsed"].items()
@@ -84,10 +78,8 @@ async def test_regions_are_in_pixels_of_the_image() -> None:
     assert (large["width"], large["height"]) == (2000, 3000)
 
 
-@pytest.mark.engine
-@on_the_model
 async def test_images_are_upright() -> None:
-    """Turned by EXIF, the picture is 480 wide and 640 high, and a box 600 high is inside it."""
+    """Turned by EXIF, the image is 480 wide and 640 high, and a box 600 high is inside it."""
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = encoded(Image.new("RGB", SIZE, "red"), exif=exif)
@@ -98,8 +90,6 @@ async def test_images_are_upright() -> None:
     assert (await error(image=RED, task="REGION_TO_OCR", region=[0, 0, 480, 600]))["param"] == "region"
 
 
-@pytest.mark.engine
-@on_the_model
 async def test_a_truncated_answer_has_finish_reason_length_and_is_parsed() -> None:
     complete = await send(image=BLUE, task="OCR_WITH_REGION", num_beams=1)
     tokens = complete["usage"]["completion_tokens"]
@@ -112,13 +102,10 @@ async def test_a_truncated_answer_has_finish_reason_length_and_is_parsed() -> No
     assert complete["raw_output"].startswith(cut["raw_output"])
     assert cut["parsed"]["<OCR_WITH_REGION>"]["labels"] == ["Café"]
     assert cut["usage"]["completion_tokens"] == tokens - 2
-    assert (await send(image=BLUE, task="OCR_WITH_REGION", max_tokens=tokens - 2))[
-        "finish_reason"
-    ] == "length"
+    beams = await send(image=BLUE, task="OCR_WITH_REGION", max_tokens=tokens - 2)
+    assert beams["finish_reason"] == "length"
 
 
-@pytest.mark.engine
-@on_the_model
 async def test_several_tasks_on_several_images() -> None:
     prompts = list(tiny.ANSWERS)
     tasks = [fields_of(prompt)["task"] for prompt in prompts]
@@ -132,8 +119,6 @@ async def test_several_tasks_on_several_images() -> None:
     assert len((await send(images=[RED, RED]))["results"]) == 2
 
 
-@pytest.mark.engine
-@on_the_model
 async def test_the_answer_has_model_and_usage() -> None:
     answer = await send(image=RED)
     assert set(answer) == {
@@ -148,8 +133,6 @@ async def test_the_answer_has_model_and_usage() -> None:
     assert [model["id"] for model in models["data"]] == ["tiny/Florence-2"]
 
 
-@pytest.mark.engine
-@on_the_model
 async def test_annotated_images() -> None:
     image = encoded(Image.new("RGB", (3000, 1500), "red"), "JPEG")
     answer = await send(image=image, tasks=["OD", "CAPTION"], annotate=True)
@@ -164,8 +147,6 @@ async def test_annotated_images() -> None:
     assert 5_000_000 < largest.size < 10_000_000, "fits even where nothing can be compressed"
 
 
-@pytest.mark.engine
-@on_the_model
 @pytest.mark.parametrize("mode", ["RGBA", "P", "L", "1", "LA", "I;16", "CMYK"])
 async def test_colour_modes(mode: str) -> None:
     image = Image.new("I;16", (30, 20), 40000) if mode == "I;16" else Image.new("RGB", (30, 20)).convert(mode)
@@ -173,8 +154,6 @@ async def test_colour_modes(mode: str) -> None:
     assert (answer["width"], answer["height"]) == (30, 20)
 
 
-@pytest.mark.engine
-@on_the_model
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1)])
 async def test_odd_sizes(size: tuple[int, int]) -> None:
     image = encoded(Image.new("RGB", size, "red"))
@@ -185,8 +164,6 @@ async def test_odd_sizes(size: tuple[int, int]) -> None:
     assert 0 <= y1 <= y2 < size[1]
 
 
-@pytest.mark.engine
-@on_the_model
 @pytest.mark.parametrize(
     ("source", "code"),
     [
@@ -207,8 +184,6 @@ async def test_other_files_are_errors_of_their_own_job(source: str, code: str) -
     assert (problem["param"], problem["code"]) == ("images.1", code)
 
 
-@pytest.mark.engine
-@on_the_model
 @pytest.mark.parametrize("token", ["<loc_10>", "<image>", "</s>", "<pad>", "<s>"])
 async def test_the_models_own_tokens_are_refused_in_a_text(token: str) -> None:
     problem = await error(image=RED, task="CAPTION_TO_PHRASE_GROUNDING", text=f"a {token} car")
@@ -220,8 +195,6 @@ async def test_the_models_own_tokens_are_refused_in_a_text(token: str) -> None:
     assert "error" not in fine
 
 
-@pytest.mark.engine
-@on_the_model
 async def test_too_long_is_an_error_with_both_lengths() -> None:
     problem = await error(image=RED, task="CAPTION_TO_PHRASE_GROUNDING", text="car , " * 600)
     assert (problem["param"], problem["code"]) == ("text", "too_long")
@@ -232,8 +205,6 @@ async def test_too_long_is_an_error_with_both_lengths() -> None:
     assert "1024" in problem["message"]
 
 
-@pytest.mark.engine
-@on_the_model
 async def test_large_images_do_not_block_the_event_loop() -> None:
     """24 megapixels of noise, 18 MB as JPEG, drawn onto. The best of three tries counts."""
     noise = Image.merge("RGB", [Image.effect_noise((6000, 4000), 60) for _ in range(3)])
@@ -287,7 +258,6 @@ def runsync(platform: Platform, **payload: Any) -> dict[str, Any]:
     return post(platform, "runsync?wait=120000", payload)
 
 
-@pytest.mark.engine
 def test_jobs_of_many_clients_are_answered(platform: Platform) -> None:
     example = json.loads((ROOT / "workers/florence2/test_input.json").read_text())["input"]
     answer = runsync(platform, **example)
@@ -301,7 +271,6 @@ def test_jobs_of_many_clients_are_answered(platform: Platform) -> None:
     assert [model.id for model in client.models.list().data] == ["tiny/Florence-2"]
 
 
-@pytest.mark.engine
 def test_a_cancelled_job_frees_the_engine(platform: Platform) -> None:
     """480 answers of 8 beams are 40 batches, and each of their tokens takes half a second here: minutes."""
     tasks = [fields_of(prompt)["task"] for prompt in tiny.ANSWERS]
@@ -317,7 +286,6 @@ def test_a_cancelled_job_frees_the_engine(platform: Platform) -> None:
     assert time.monotonic() - begin < 60, "RunPod's word of it comes within a second or two"
 
 
-@pytest.mark.engine
 @pytest.mark.soak
 def test_a_thousand_jobs_leave_no_memory_behind(platform: Platform) -> None:
     def resident() -> float:
@@ -335,7 +303,6 @@ def test_a_thousand_jobs_leave_no_memory_behind(platform: Platform) -> None:
     assert resident() - before < 30, "MiB; pictures that stayed would be 900, prepared ones 47"
 
 
-@pytest.mark.engine
 def test_a_checkpoint_with_remote_code_is_answered_with_the_reason(tmp_path: Path) -> None:
     made = Path(local_env("florence2")["MODEL_NAME"])
     for file in made.iterdir():
