@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tools import tiny_retrieval as tiny
+from tools.models import tiny_retrieval as tiny
 from tools.workers import load_handler, load_module
 
 

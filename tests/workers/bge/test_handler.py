@@ -22,8 +22,8 @@ from transformers import AutoModel, AutoTokenizer
 from local import running
 from tests import helpers
 from tests.helpers import error_of, until
-from tools import tiny_retrieval as tiny
 from tools.models import local_env, minilm
+from tools.models import tiny_retrieval as tiny
 from tools.workers import load_handler, load_module
 
 pytestmark = pytest.mark.engine

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from tools import tiny_florence2 as tiny
+from tools.models import tiny_florence2 as tiny
 from tools.workers import load_module
 
 schemas = load_module("florence2", "schemas")

@@ -17,8 +17,8 @@ from transformers import StoppingCriteriaList
 from shared.errors import StartError
 from tests.helpers import until
 from tests.workers.florence2.images import BLUE, CASES, RED, SIZE, encoded, fields_of
-from tools import tiny_florence2 as tiny
 from tools.models import local_env
+from tools.models import tiny_florence2 as tiny
 from tools.workers import load_module
 
 pytestmark = pytest.mark.engine

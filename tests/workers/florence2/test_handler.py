@@ -23,8 +23,8 @@ from local import Platform, running
 from tests import helpers
 from tests.helpers import error_of, longest_stall
 from tests.workers.florence2.images import BLUE, BOX, CASES, RED, SIZE, encoded, fields_of
-from tools import tiny_florence2 as tiny
 from tools.models import local_env
+from tools.models import tiny_florence2 as tiny
 from tools.workers import ROOT, load_handler
 
 worker = load_handler("florence2")

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from shared.errors import JobError
-from tools import tiny_florence2 as tiny
+from tools.models import tiny_florence2 as tiny
 from tools.workers import load_module
 
 regions = load_module("florence2", "regions")
