@@ -22,7 +22,8 @@ ALLOW = $(shell docker buildx bake --help | grep -q -- --allow && echo --allow n
 WORKERS := $(sort $(foreach file,$(filter-out %/__pycache__,$(wildcard workers/*/*)),$(word 2,$(subst /, ,$(file)))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast test-soak test-locks test-images test-vllm lint fmt bench docs lock new-worker clean build push \
+.PHONY: help setup run test test-fast test-soak test-locks test-images test-vllm lint fmt bench docs lock \
+        new-worker clean build push \
         $(foreach verb,run serve build push shell,$(WORKERS:%=$(verb)-%))
 
 ##@ Try it

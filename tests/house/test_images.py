@@ -59,24 +59,6 @@ def test_dockerfile_builds_from_the_root_with_no_argument(name: str) -> None:
     assert not re.search(r"^# *syntax=|<<-?\w+$|--link|required=true", text, re.MULTILINE)
 
 
-@cache
-def modules_that_bake() -> set[str]:
-    """The files of shared that `python -m shared.bake` loads."""
-    code = "import sys, shared.bake; print(*(name for name in sys.modules if name.split('.')[0] == 'shared'))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    return {f"shared/{name.partition('.')[2] or '__init__'}.py" for name in done.stdout.split()}
-
-
-@each_worker
-def test_a_baked_model_survives_edits_of_what_does_not_bake_it(name: str) -> None:
-    """A layer is built again when one above it in the Dockerfile changes."""
-    above, bakes, _ = dockerfile(name).partition("-m shared.bake")
-    if not bakes:
-        pytest.skip("its image has no model")
-    copied = {source for source in changed.sources(above) if source.startswith("shared")}
-    assert copied == modules_that_bake()
-
-
 @each_worker
 def test_bake_gives_arguments_that_the_dockerfile_takes(name: str) -> None:
     """Neither BuildKit nor buildx reports other arguments. A worker without a model takes its base only."""

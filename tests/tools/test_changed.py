@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
+from tests.house.test_imports import closure
 from tools import changed
 from tools.locks import uses_torch
 from tools.workers import ROOT, worker_names
 
 WORKERS = worker_names()
 TORCH = [name for name in WORKERS if uses_torch(ROOT / "workers" / name / "requirements.in")]
-PARTS = sorted({path.stem for path in (ROOT / "serving").iterdir() if path.stem[0] not in "_."})
-
-
-def sources(part: str) -> list[Path]:
-    path = ROOT / "serving" / part
-    return sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
-
-
-def parts(files: Iterable[Path]) -> set[str]:
-    """The parts of `serving` that the files import, and those that these import in turn."""
-    names: set[str] = set()
-    waiting = list(files)
-    while waiting:
-        for line in re.findall(r"^ *from serving[. ].*", waiting.pop().read_text(), re.MULTILINE):
-            module, _, imported = line.strip().removeprefix("from ").partition(" import ")
-            new = set(module.split(".")[1:2] or re.findall(r"\w+", imported)) & set(PARTS) - names
-            waiting += [path for part in new for path in sources(part)]
-            names |= new
-    return names
+SERVING = sorted(path.relative_to(ROOT) for path in (ROOT / "serving").rglob("*.py"))
 
 
 @pytest.mark.parametrize("name", WORKERS)
@@ -44,11 +25,11 @@ def test_an_edit_in_a_worker_builds_its_image_alone(name: str, file: str) -> Non
     assert changed.affected([f"workers/{name}/{file}"]) == [name]
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_an_edit_in_serving_builds_only_images_that_import_it(part: str) -> None:
-    built = {name for path in sources(part) for name in changed.affected([str(path.relative_to(ROOT))])}
-    assert built, "no image has it"
-    assert built <= {name for name in WORKERS if part in parts((ROOT / "workers" / name).rglob("*.py"))}
+@pytest.mark.parametrize("name", WORKERS)
+def test_an_edit_in_serving_builds_an_image_that_imports_it_and_no_other(name: str) -> None:
+    needed = closure(ROOT / "workers" / name / "handler.py", ROOT)
+    built = {path for path in SERVING if name in changed.affected([str(path)])}
+    assert built == needed & set(SERVING)
 
 
 @pytest.mark.parametrize(
