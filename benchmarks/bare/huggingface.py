@@ -52,7 +52,7 @@ def generate(model: AutoModelForCausalLM, ids: list[int]) -> tuple[float, list[i
 class Engine:
     def __init__(self, model: AutoModelForCausalLM) -> None:
         self.generator = Generator(model, tokenizer)
-        self.generator._ends = frozenset()
+        self.generator.eos_token_ids = frozenset()
 
     def run(self, asked: Asked, gap: float) -> Answers:
         async def one(number: int, ids: list[int], most: int) -> tuple[float, list[int]]:
@@ -60,12 +60,12 @@ class Engine:
             begin = time.perf_counter()
             tensor = torch.tensor([ids])
             inputs = {"input_ids": tensor, "attention_mask": torch.ones_like(tensor)}
-            # logprobs: what tells the tokens themselves
+            # logprobs carry the token ids
             async with aclosing(
                 self.generator.stream(inputs, SamplingParams(most, logprobs=0), each=False)
-            ) as it:
-                piece = await anext(it)
-            return time.perf_counter() - begin, [chance.token for chance in piece.chances]
+            ) as deltas:
+                delta = await anext(deltas)
+            return time.perf_counter() - begin, [logprob.token_id for logprob in delta.logprobs]
 
         async def everything() -> Answers:
             begin = time.perf_counter()

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
-LEAST_TEMPERATURE = 1e-5  # float32 cannot hold what the logits become below
+if TYPE_CHECKING:
+    from serving.continuous_batching.sequence import ActiveSequence
+
+MIN_TEMPERATURE = 1e-5  # logits divided by less are more than float32 holds
+NO_TOKEN = -1
+"""In place of a token id where the logits are not finite."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one answer is made. temperature 0: always the likeliest token. seed None: never the same twice.
+    """How one answer is sampled, with vLLM's names.
 
-    top_k 0 and min_p 0: off. repetition_penalty None: the model's own. logprobs: how many of the likeliest
-    tokens are told beside each one; None: not even its own chance. beams: with more than one, the likeliest
-    answer that a beam search of this width finds, all at once; of the rest only `max_tokens`, `stop` and
-    `repetition_penalty` then count.
+    temperature: 0 is greedy decoding. seed: None gives another answer each time. top_k, min_p: 0 is off.
+    repetition_penalty: None is the model's own. logprobs: how many of the likeliest tokens are reported
+    beside each token; None: not even the token's own logprob.
     """
 
     max_tokens: int
@@ -31,94 +34,107 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float | None = None
     logprobs: int | None = None
-    beams: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """A token of an answer, the logarithm of its chance before sampling, and the likeliest in its place."""
+    """The log-probability of a token before temperature, penalties and cuts.
 
-    token: int
+    top: the likeliest tokens at this position and their log-probabilities, best first.
+    """
+
+    token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Sampled(Protocol):
-    """What sampling and a DecodeBatch need of a sequence. `inputs` has its prompt as `input_ids`."""
+def sample_next_tokens(logits: torch.Tensor, sequences: Sequence[ActiveSequence]) -> list[int]:
+    """The next token id of each sequence: the likeliest, or one drawn with the sequence's own random number.
 
-    inputs: Mapping[str, Any]
-    sampling: SamplingParams
-    random: random.Random
-    tokens: list[int]
-    over: bool
-    seen: torch.Tensor | None
-    chances: list[Logprob]
-
-
-Row = TypeVar("Row", bound=Sampled)
-
-
-def sample_next_tokens(logits: torch.Tensor, rows: Sequence[Sampled]) -> list[int]:
-    """The next token of each row: the likeliest, or one drawn with the row's own random number.
-
-    A row whose logits are not finite gets -1.
+    logits: (batch, vocab). A sequence whose logits are not finite gets NO_TOKEN. Appends to the `logprobs` of
+    sequences that ask for them.
     """
-    raw, logits = logits, _penalised(logits, rows)
-    best, tokens = logits.max(dim=-1)
+    penalised = _apply_repetition_penalty(logits, sequences)  # (batch, vocab)
+    best, token_ids = penalised.max(dim=-1)  # (batch,), (batch,)
     drawn = [
-        i for i, row in enumerate(rows) if row.sampling.temperature >= LEAST_TEMPERATURE and not row.over
+        i for i, one in enumerate(sequences) if one.params.temperature >= MIN_TEMPERATURE and not one.finished
     ]
     if drawn:
-        settings = [
-            (it.temperature, it.top_p, it.min_p, it.top_k or logits.shape[-1], rows[i].random.random())
-            for i, it in ((i, rows[i].sampling) for i in drawn)
-        ]
-        temperature, top_p, min_p, top_k, number = torch.tensor(settings, device=logits.device).split(1, 1)
-        width = min(logits.shape[-1], max(int(setting[3]) for setting in settings))
-        scores, order = (logits[drawn].float() / temperature).topk(width, dim=-1)
-        places = torch.arange(width, device=logits.device)
-        chances = scores.masked_fill(places >= top_k, -torch.inf).softmax(dim=-1)
-        before = chances.cumsum(dim=-1) - chances
-        # The likeliest always stays.
-        chances = chances.masked_fill((before >= top_p) | (chances < min_p * chances[:, :1]), 0.0)
-        reached = chances.cumsum(dim=-1)
-        at = (reached <= number * reached[:, -1:]).sum(dim=-1, keepdim=True)
-        last = (chances > 0).sum(dim=-1, keepdim=True) - 1
-        tokens[drawn] = order.gather(1, at.minimum(last).clamp(min=0)).squeeze(
-            1
-        )  # no chance at all: not finite
-    tokens = tokens.masked_fill(~best.isfinite(), -1)
-    told = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None and not row.over]
-    if told:
-        _tell_chances(raw[told].float().log_softmax(dim=-1), tokens[told], [rows[i] for i in told])
-    return tokens.tolist()  # type: ignore[no-any-return]
+        token_ids[drawn] = _draw(penalised[drawn], [sequences[i] for i in drawn])
+    token_ids = token_ids.masked_fill(~best.isfinite(), NO_TOKEN)
+    asked = [i for i, one in enumerate(sequences) if one.params.logprobs is not None and not one.finished]
+    if asked:
+        logprobs = logits[asked].float().log_softmax(dim=-1)  # (asked, vocab)
+        _append_logprobs(logprobs, token_ids[asked], [sequences[i] for i in asked])
+    return token_ids.tolist()  # type: ignore[no-any-return]
 
 
-def _penalised(logits: torch.Tensor, rows: Sequence[Sampled]) -> torch.Tensor:
-    """`logits` less what each row's repetition_penalty takes from the tokens that its text has."""
-    asked = [i for i, row in enumerate(rows) if (row.sampling.repetition_penalty or 1.0) != 1.0]
+def _draw(logits: torch.Tensor, sequences: Sequence[ActiveSequence]) -> torch.Tensor:
+    """One token id for each sequence, drawn from what temperature, top_k, top_p and min_p leave.
+
+    logits: (batch, vocab). Returns (batch,).
+    """
+    vocab = logits.shape[-1]
+    params = [one.params for one in sequences]
+    width = min(vocab, max(each.top_k or vocab for each in params))
+    settings = [
+        (each.temperature, each.top_p, each.min_p, each.top_k or vocab, one.random.random())
+        for each, one in zip(params, sequences, strict=True)
+    ]
+    # One tensor, so that one copy goes to the GPU.
+    columns = torch.tensor(settings, device=logits.device).split(1, dim=1)
+    temperature, top_p, min_p, top_k, uniform = columns  # (batch, 1) each
+    scores, order = (logits.float() / temperature).topk(width, dim=-1)  # (batch, width), best first
+    rank = torch.arange(width, device=logits.device)  # (width,)
+    probs = scores.masked_fill(rank >= top_k, -torch.inf).softmax(dim=-1)  # (batch, width)
+    mass_before = probs.cumsum(dim=-1) - probs  # (batch, width); 0 for the likeliest, which always stays
+    cut = (mass_before >= top_p) | (probs < min_p * probs[:, :1])
+    probs = probs.masked_fill(cut, 0.0)
+    cumulative = probs.cumsum(dim=-1)  # (batch, width)
+    position = (cumulative <= uniform * cumulative[:, -1:]).sum(dim=-1, keepdim=True)  # (batch, 1)
+    last = (probs > 0).sum(dim=-1, keepdim=True) - 1  # (batch, 1); -1 where no probability is a number
+    position = position.minimum(last).clamp(min=0)
+    return order.gather(1, position).squeeze(1)
+
+
+def _apply_repetition_penalty(logits: torch.Tensor, sequences: Sequence[ActiveSequence]) -> torch.Tensor:
+    """`logits`, (batch, vocab), lowered for the tokens that a sequence's prompt and answer have.
+
+    The formula is transformers' RepetitionPenaltyLogitsProcessor's: logits / penalty, or times it below 0.
+    """
+    asked = [i for i, one in enumerate(sequences) if (one.params.repetition_penalty or 1.0) != 1.0]
     if not asked:
         return logits
-    for row in (rows[i] for i in asked):
-        if row.seen is None:
-            row.seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-            row.seen[row.inputs["input_ids"][0].to(logits.device)] = True
-            row.seen[row.tokens] = True
-        elif row.tokens:
-            row.seen[row.tokens[-1]] = True
-    seen = torch.stack([row.seen for row in (rows[i] for i in asked) if row.seen is not None])
-    penalty = torch.tensor([[rows[i].sampling.repetition_penalty] for i in asked], device=logits.device)
-    plain = logits[asked].float()
-    lower = torch.where(plain < 0, plain * penalty, plain / penalty)
-    logits = logits.float().clone()
-    logits[asked] = torch.where(seen, lower, plain)
-    return logits
+    seen = torch.stack([_seen_tokens(sequences[i], logits) for i in asked])  # (asked, vocab), bool
+    penalties = [[sequences[i].params.repetition_penalty] for i in asked]
+    penalty = torch.tensor(penalties, device=logits.device)  # (asked, 1)
+    plain = logits[asked].float()  # (asked, vocab)
+    lowered = torch.where(plain < 0, plain * penalty, plain / penalty)
+    result = logits.float().clone()
+    result[asked] = torch.where(seen, lowered, plain)
+    return result
 
 
-def _tell_chances(logprobs: torch.Tensor, tokens: torch.Tensor, rows: Sequence[Sampled]) -> None:
-    own = logprobs.gather(1, tokens.clamp(min=0)[:, None]).squeeze(1).tolist()
-    most = min(max(row.sampling.logprobs or 0 for row in rows), logprobs.shape[-1])
-    values, ids = (found.tolist() for found in logprobs.topk(most, dim=-1))
-    for row, token, logprob, top, beside in zip(rows, tokens.tolist(), own, values, ids, strict=True):
-        pairs = tuple(zip(beside, top, strict=True))[: row.sampling.logprobs]
-        row.chances.append(Logprob(token, logprob, pairs))
+def _seen_tokens(sequence: ActiveSequence, logits: torch.Tensor) -> torch.Tensor:
+    """True for each token id of the prompt and the answer so far, (vocab,). Kept in the sequence."""
+    seen = sequence.seen_tokens
+    if seen is None:
+        seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        seen[sequence.prompt_ids.to(logits.device)] = True
+        seen[sequence.token_ids] = True
+        sequence.seen_tokens = seen
+    elif sequence.token_ids:
+        seen[sequence.token_ids[-1]] = True
+    return seen
+
+
+def _append_logprobs(
+    logprobs: torch.Tensor, token_ids: torch.Tensor, sequences: Sequence[ActiveSequence]
+) -> None:
+    """logprobs: (batch, vocab). token_ids: (batch,)."""
+    own = logprobs.gather(1, token_ids.clamp(min=0)[:, None]).squeeze(1).tolist()
+    width = min(max(one.params.logprobs or 0 for one in sequences), logprobs.shape[-1])
+    top_logprobs, top_ids = (tensor.tolist() for tensor in logprobs.topk(width, dim=-1))  # (batch, width)
+    for i, (sequence, token_id) in enumerate(zip(sequences, token_ids.tolist(), strict=True)):
+        top = tuple(zip(top_ids[i], top_logprobs[i], strict=True))[: sequence.params.logprobs]
+        sequence.logprobs.append(Logprob(token_id, own[i], top))

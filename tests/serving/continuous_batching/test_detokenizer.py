@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from shared.generation import Detokenizer, StopStrings
+from serving.continuous_batching.detokenizer import Detokenizer, StopStrings
 
 LETTERS = "ab<>"
 
@@ -56,7 +56,7 @@ def ids_of(name: str, text: str) -> list[int]:
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(data=st.data())
-def test_text_in_pieces_is_the_text_of_all_tokens(name: str, data: st.DataObject) -> None:
+def test_text_in_parts_is_the_text_of_all_tokens(name: str, data: st.DataObject) -> None:
     text = data.draw(st.text(st.sampled_from("a \u00e9\u20ac\U0001f600\ufffdthe cats"), max_size=30))
     ids = ids_of(name, text)
     whole = TOKENIZERS[name].decode(ids)
