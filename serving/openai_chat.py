@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SkipValidation, model_validator
+from typing_extensions import TypedDict
 
 from shared.errors import invalid
 from shared.openai import DONE, OpenAIRequest, Usage, sse
@@ -133,18 +134,23 @@ class AnswerMessage(BaseModel):
     content: str | None
 
 
-class TopLogprob(BaseModel):
-    token: str = Field(description="Text of the token")
-    logprob: float = Field(description="Natural logarithm of its probability")
-    bytes: list[int] | None = Field(description="Its UTF-8 bytes; null for a part of a character")
+class TopLogprob(TypedDict):
+    """A dictionary, not a model: an answer may have a hundred thousand of them."""
+
+    token: Annotated[str, Field(description="Text of the token")]
+    logprob: Annotated[float, Field(description="Natural logarithm of its probability")]
+    bytes: Annotated[list[int] | None, Field(description="Its UTF-8 bytes; null for a part of a character")]
 
 
 class TokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob] = Field(description="The most likely tokens at this position")
+    top_logprobs: Annotated[list[TopLogprob], Field(description="The most likely tokens at this position")]
+
+
+TokenLogprobs = Annotated[list[TokenLogprob], SkipValidation]
 
 
 class ChoiceLogprobs(BaseModel):
-    content: list[TokenLogprob]
+    content: TokenLogprobs
 
 
 class ChatChoice(BaseModel):

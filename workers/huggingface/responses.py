@@ -44,20 +44,25 @@ class LogprobReader:
     """Log probabilities with the text of their tokens, in OpenAI's form."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._decode = lru_cache(maxsize=100_000)(lambda token_id: str(tokenizer.decode([token_id])))
+        @lru_cache(maxsize=100_000)
+        def decode(token_id: int) -> tuple[str, list[int] | None]:
+            """The text of a token and its UTF-8 bytes, None for a part of a character."""
+            text = str(tokenizer.decode([token_id]))
+            return text, None if "\ufffd" in text else list(text.encode())
+
+        self._decode = decode
 
     def read(self, logprobs: Sequence[Logprob]) -> list[TokenLogprob]:
         return [
-            TokenLogprob(
-                **self._token(entry.token_id, entry.logprob),
-                top_logprobs=[TopLogprob(**self._token(*top)) for top in entry.top],
-            )
+            {
+                **self._read_token(entry.token_id, entry.logprob),
+                "top_logprobs": [self._read_token(*top) for top in entry.top],
+            }
             for entry in logprobs
         ]
 
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self._decode(token_id)
-        utf8 = None if "\ufffd" in text else list(text.encode())  # not known for a part of a character
+    def _read_token(self, token_id: int, logprob: float) -> TopLogprob:
+        text, utf8 = self._decode(token_id)
         return {"token": text, "logprob": max(logprob, LOWEST_LOGPROB), "bytes": utf8}
 
 

@@ -12,7 +12,7 @@ from serving.openai_chat import (
     ChatCompletionRequest,
     OpenAIGenerationRequest,
     Stop,
-    TokenLogprob,
+    TokenLogprobs,
     is_none,
 )
 from shared.errors import invalid
@@ -219,7 +219,7 @@ class GenerateRequest(Request):
 class Choice(BaseModel):
     response: str = Field(description="The generated text")
     finish_reason: str = Field(description="`stop` or `length`")
-    logprobs: list[TokenLogprob] | None = Field(exclude_if=is_none, description="As above")
+    logprobs: TokenLogprobs | None = Field(exclude_if=is_none, description="As above")
 
 
 class GenerateResponse(BaseModel):
@@ -231,7 +231,7 @@ class GenerateResponse(BaseModel):
     model: str = Field(description="Name of the model, SERVED_MODEL_NAME or MODEL_NAME")
     revision: str | None = Field(description="Commit of the model, where known")
     lora: str | None = Field(None, exclude_if=is_none, description="Name of the adapter, where one was used")
-    logprobs: list[TokenLogprob] | None = Field(
+    logprobs: TokenLogprobs | None = Field(
         None, exclude_if=is_none, description="Log probabilities, where `logprobs` asks for them"
     )
     choices: list[Choice] | None = Field(
