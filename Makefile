@@ -22,7 +22,7 @@ ALLOW = $(shell docker buildx bake --help | grep -q -- --allow && echo --allow n
 WORKERS := $(sort $(foreach file,$(filter-out %/__pycache__,$(wildcard workers/*/*)),$(word 2,$(subst /, ,$(file)))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast test-images test-vllm lint fmt bench docs lock new-worker clean build push size \
+.PHONY: help setup run test test-fast test-soak test-locks test-images test-vllm lint fmt bench docs lock new-worker clean build push \
         $(foreach verb,run serve build push shell,$(WORKERS:%=$(verb)-%))
 
 ##@ Try it
@@ -36,17 +36,20 @@ $(WORKERS:%=serve-%): serve-%: $(MADE) ## The same, left running: a RunPod endpo
 ##@ Develop
 setup: $(MADE) ## Make the environment in .venv; every target that needs it does so by itself
 	@echo '$(VENV) is ready'
-test: $(MADE) $(MADE_VLLM) ## Every test
+test: $(MADE) $(MADE_VLLM) ## Every test but test-soak's and test-locks'
 	@$(PY) -m pytest $(ARGS)
 test-fast: $(MADE) ## The tests that load no model and start no worker
-	@$(PY) -m pytest -m 'not engine' $(ARGS)
+	@$(PY) -m pytest -m 'not engine and not network and not soak' $(ARGS)
+test-soak: $(MADE) $(MADE_VLLM) ## The tests that run for minutes: thousands of jobs, hours of audio
+	@$(PY) -m pytest -m soak $(ARGS)
+test-locks: $(MADE) ## The tests that ask PyPI: the locks compile to what they are, each package has a wheel
+	@$(PY) -m pytest -m network $(ARGS)
 test-vllm: $(MADE) $(MADE_VLLM) ## The vllm worker's tests, with the real vLLM on this CPU
 	@$(PY) -m pytest tests/workers/vllm $(ARGS)
 lint: $(MADE) ## Style, types, Dockerfiles, workflows; changes nothing
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet . || { echo 'Not formatted: make fmt'; exit 1; }
 	@$(BIN)/mypy
-	@for worker in $(WORKERS); do $(BIN)/mypy workers/$$worker/handler.py || exit 1; done
 	@$(BIN)/hadolint workers/*/Dockerfile tools/template/Dockerfile
 	@$(BIN)/zizmor --offline --quiet .github/workflows
 fmt: $(MADE) ## Format the code and mend what can be mended
@@ -57,8 +60,9 @@ bench: $(MADE) $(MADE_VLLM) ## This project beside the naive handlers and other 
 docs: $(MADE) ## Write what is generated: tables in the READMEs, the kept copy of the bake file's targets
 	@$(PY) -m tools.docs
 	@! docker buildx version >/dev/null 2>&1 || $(PY) -m tools.bake
-lock: $(MADE) ## Compile the locks; UPGRADE=1 takes newer versions of everything
-	@$(PY) -m tools.lock $(if $(UPGRADE),--upgrade)
+lock: $(MADE) ## Compile the locks and test them; UPGRADE=1 takes newer versions of everything
+	@$(PY) -m tools.locks $(if $(UPGRADE),--upgrade)
+	@$(PY) -m pytest -m network
 new-worker: $(MADE) ## Scaffold a worker whose tests pass at once: make new-worker NAME=my-model
 	@$(PY) -m tools.new_worker $(NAME)
 clean: ## Remove the environments and every cache
@@ -76,9 +80,7 @@ $(WORKERS:%=push-%): push-%: ## Build one image and push it, with provenance and
 	@$(BAKE) --push $*-release $(ARGS)
 $(WORKERS:%=shell-%): shell-%: ## A shell in the image that make build-<worker> has built
 	@docker run --rm --interactive --tty --pull=never --entrypoint bash $(ARGS) \
-	  $$($(PYTHON) -m tools.images name $*)
-size: ## How large the images are that are built, and how much of each no other one has
-	@$(PYTHON) -m tools.images size
+	  $$($(PYTHON) -m tools.images $*)
 test-images: $(MADE) $(if $(filter vllm,$(or $(IMAGES),$(WORKERS))),$(MADE_VLLM)) ## Build the images and test them, on this CPU; IMAGES="llava bge" for some of them
 	@$(PY) -m pytest tests/images/built.py $(ARGS)
 

@@ -70,7 +70,7 @@ variable "SOURCE_DATE_EPOCH" {
   default = "1767225600"
 }
 
-# ---- The workers: a line for each folder under workers/; tests/house/test_house.py holds them together ----
+# ---- The workers: a line for each folder under workers/; tests/house/test_folders.py holds them together ----
 
 WORKERS = {
   bge                   = { base = "python", about = "Embeddings for retrieval (BGE, E5, GTE, Qwen3) and reranking" }

@@ -18,8 +18,7 @@ from PIL import Image
 from benchmarks.embeddings import middle
 from benchmarks.harness import HERE, Burst, alone, bare, burst, machine, table, write
 from local import running
-from tools import tiny_florence2
-from tools.models import made
+from tools.models import made, tiny_florence2
 
 WORKER = "florence2"
 NAIVE = HERE / "naive" / f"{WORKER}.py"

@@ -19,8 +19,7 @@ from typing import Any
 
 from benchmarks.harness import HERE, ROOT, _ask, _session, alone, burst, machine, output, table, texts, write
 from local import Platform, running
-from tools import tiny_causal
-from tools.models import made
+from tools.models import made, tiny_causal
 
 JOBS, TOKENS, ARRIVALS, GAP = 16, 64, 24, 0.03
 # Two threads that wait for each other measure what else runs on the machine.

@@ -17,13 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import HERE, ROOT, machine, table, write
 from local import Container, running
-from tools.images import Layer, Layers, image, layers, unique
+from tools.images import Layer, Layers, image, layers
 from tools.start import image_env, mounts
 from tools.workers import worker_names
 
@@ -48,6 +48,24 @@ def docker(*arguments: str, text: str = "") -> str:
 
 def size(found: Layers) -> int:
     return sum(layer.bytes for layer in found)
+
+
+def unique(images: Mapping[str, Layers]) -> dict[str, Layers]:
+    """For each image the layers that a host with all the others lacks.
+
+    An engine keeps a layer together with those below it, so what two images share is their common beginning.
+    """
+    chains = {
+        name: [tuple(layer.digest for layer in found[: end + 1]) for end in range(len(found))]
+        for name, found in images.items()
+    }
+    result = {}
+    for name, found in images.items():
+        others = {chain for other, own in chains.items() if other != name for chain in own}
+        result[name] = [
+            layer for layer, chain in zip(found, chains[name], strict=True) if chain not in others
+        ]
+    return result
 
 
 def rebuild(worker: str) -> list[float]:

@@ -18,8 +18,7 @@ from PIL import Image
 from benchmarks.embeddings import middle
 from benchmarks.harness import HERE, Burst, alone, bare, burst, machine, table, write
 from local import running
-from tools import tiny_llava
-from tools.models import made
+from tools.models import made, tiny_llava
 
 WORKER = "llava"
 NAIVE = HERE / "naive" / f"{WORKER}.py"

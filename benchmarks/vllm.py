@@ -18,8 +18,7 @@ import aiohttp
 from benchmarks import servers
 from benchmarks.harness import machine, table, write
 from benchmarks.servers import TOKENS
-from tools import tiny_causal, vllm_cpu
-from tools.models import local_env, made
+from tools.models import local_env, made, tiny_causal, vllm_cpu
 
 ENV = {
     # Processes that wait for each other's threads measure what else runs on the machine.

@@ -22,8 +22,7 @@ import soundfile
 from benchmarks.embeddings import middle
 from benchmarks.harness import HERE, Burst, bare, burst, machine, table, write
 from local import running
-from tools import tiny_whisper
-from tools.models import made
+from tools.models import made, tiny_whisper
 
 WORKER = "whisper"
 NAIVE = HERE / "naive" / f"{WORKER}.py"

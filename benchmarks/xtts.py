@@ -20,8 +20,7 @@ import soundfile
 from benchmarks.embeddings import middle
 from benchmarks.harness import HERE, Burst, _session, ask, burst, machine, output, table, texts, write
 from local import Platform, running
-from tools import tiny_xtts
-from tools.models import made
+from tools.models import made, tiny_xtts
 
 WORKER = "xtts"
 NAIVE = HERE / "naive" / f"{WORKER}.py"
@@ -121,9 +120,9 @@ def report(found: dict[str, Any], where: dict[str, str]) -> tuple[str, dict[str,
 
 Jobs sent at once through the local platform and the unmodified SDK, one sentence each, all with the same
 recording of {SECONDS:g} s. The model is random: a transformer of {LAYERS} layers of {WIDTH} dimensions, where
-XTTS v2 has 30 of 1024, and a decoder of XTTS's own size. Every sentence has {TOKENS} tokens, each with a
-quarter of a real one's sound: on a GPU the decoder takes next to nothing, on a CPU it would be most of the
-time. torch has as many threads as it gives itself, in both. Written by `python -m benchmarks xtts`. Of
+XTTS v2 has 30 of 1024, and a vocoder of XTTS's own size. Every sentence has {TOKENS} tokens, each with a
+quarter of a real one's audio: on a GPU the vocoder takes next to nothing, on a CPU it would be most of the
+time. torch has its default number of threads, in both. Written by `python -m benchmarks xtts`. Of
 {ROUNDS} rounds in turn, the median.
 
 {table(["", "measured", "aim", "reached"], [(*goal[:3], verdict[goal[3]]) for goal in goals])}
@@ -132,9 +131,9 @@ time. torch has as many threads as it gives itself, in both. Written by `python 
 
 {table(["", "s"], single)}
 
-The naive handler listens to the recording anew for every job, speaks one sentence after another, and computes
-the transformer's states twice. This worker keeps the voice, the sentences of all jobs share the steps, and
-their sound is made on a thread for each core.
+The naive handler computes the voice anew for every job, synthesizes one sentence after another, and computes
+the transformer's states twice. This worker caches the voice, the sentences of all jobs share the decode
+steps, and the vocoder has a thread for each core.
 
 {table(["machine", ""], list(where.items()))}
 
@@ -142,8 +141,8 @@ Not measured: a GPU, for want of one, and XTTS's own weights.
 """
     numbers = {
         "machine": where,
-        "ours": [it.summary() for it in found["ours"]],
-        "naive": [it.summary() for it in found["naive"]],
+        "ours": [result.summary() for result in found["ours"]],
+        "naive": [result.summary() for result in found["naive"]],
         "first_chunk_seconds": found["first"],
         "long_seconds": found["long"],
         "naive_long_seconds": found["naive long"],

@@ -5,8 +5,8 @@ with running("sentence-transformers") as platform:
 """
 
 from local.containers import Container
+from local.jobs import Rules
 from local.platform import Platform, running
-from local.queue import Rules
 from local.workers import WorkerFailed, WorkerProcess
 
 __all__ = ["Container", "Platform", "Rules", "WorkerFailed", "WorkerProcess", "running"]

@@ -10,7 +10,6 @@ import os
 import shlex
 import signal
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -22,21 +21,11 @@ from aiohttp import ClientSession
 
 from local import Platform, Rules, WorkerFailed, running
 from local.containers import Container
+from local.examples import openai_example, openai_routes
 from local.platform import find_handler
 
 _READY_TIMEOUT = 3600.0
 _KEY = {"Authorization": "Bearer local"}
-_OPENAI = {
-    "/v1/embeddings": """\
-        vectors = client.embeddings.create(model=model, input=["A cat sat on the mat.", "It rains."])
-        print([len(item.embedding) for item in vectors.data])""",
-    "/v1/chat/completions": """\
-        messages = [{"role": "user", "content": "Say hello in three languages."}]
-        for part in client.chat.completions.create(model=model, messages=messages, stream=True):
-            print(part.choices[0].delta.content or "" if part.choices else "", end="", flush=True)""",
-    "/v1/models": """\
-        print(model)""",
-}
 
 
 def serve(arguments: argparse.Namespace, handler: Path) -> int:
@@ -97,15 +86,9 @@ def _guide(platform: Platform, handler: Path) -> str:
             f"curl -s {platform.endpoint_url}/runsync -H 'Authorization: Bearer local' \\",
             f"  -H 'Content-Type: application/json' -d {data}",
         ]
-    source = handler.read_text()
-    if route := next((route for route in _OPENAI if f'"{route}"' in source), None):
-        lines += [
-            "\nWith OpenAI's client, in Python:\n",
-            "from openai import OpenAI",
-            f'client = OpenAI(base_url="{platform.openai_url}", api_key="local")',
-            "model = client.models.list().data[0].id",
-            textwrap.dedent(_OPENAI[route]),
-        ]
+    example = openai_example(openai_routes(handler), url=platform.openai_url, test_input=_test_input(handler))
+    if example:
+        lines += ["\nWith OpenAI's client, in Python:\n", example]
     return "\n".join([*lines, "\nCtrl-C stops it."])
 
 
@@ -131,7 +114,8 @@ def _test_input(handler: Path) -> Path:
     return handler.parent / "test_input.json"
 
 
-def _assignment(text: str) -> tuple[str, str]:
+def assignment(text: str) -> tuple[str, str]:
+    """The name and value of a variable: `NAME=VALUE`, or `NAME` for its value in this environment."""
     name, equals, value = text.partition("=")
     if not name or not (equals or name in os.environ):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, nor is it set here")
@@ -158,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         sub.add_argument(
             *("--env", "-e"),
             metavar="NAME[=VALUE]",
-            type=_assignment,
+            type=assignment,
             action="append",
             default=[],
             help="a variable for the worker; without a value, the one of this environment",

@@ -13,10 +13,13 @@ from typing import Any, TypeVar
 
 from aiohttp import ClientSession, web
 
+from local.client_api import call_webhook
 from local.containers import Container
-from local.queue import Job, Queue, Rules
-from local.server import call_webhook, make_app
-from local.workers import Fleet, WorkerProcess
+from local.fleet import Fleet
+from local.jobs import Job, Rules
+from local.queue import Queue
+from local.server import make_app
+from local.workers import WorkerProcess
 
 T = TypeVar("T")
 
@@ -128,7 +131,7 @@ class Platform:
             self._queue.expire()
 
     def _ended(self, job: Job) -> None:
-        if "webhook" in job.work:
+        if "webhook" in job.payload:
             rules = self.rules
             self._spawn(call_webhook(self._session, job, rules.webhook_retries, rules.webhook_delay))
 

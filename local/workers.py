@@ -1,4 +1,4 @@
-"""Worker processes: started with the platform's environment, watched, replaced, and never left behind."""
+"""Worker processes: started with the platform's environment, watched, drained, replaced, never orphaned."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from local.containers import Container
-from local.queue import Queue, Rules
 from serving.engine_server import reaper
+
+if TYPE_CHECKING:
+    from local.fleet import Fleet
 
 _PHASE = re.compile(r"phase=(\S+) seconds=(\d+(?:\.\d+)?)")
 _LINES, _LINE_LENGTH = 5000, 10_000
@@ -45,9 +48,9 @@ class WorkerProcess:
         self.ready_after: float | None = None
         self.returncode: int | None = None
         self.jobs_taken = 0
-        self.leaving = False  # Gets no more jobs: it was told to terminate, or asks to be refreshed.
-        self.wanted = True  # A new one takes its place when it ends.
-        self.silent = False  # Its pings have stopped.
+        self.draining = False  # Gets no more jobs: it was terminated, or asks to be refreshed.
+        self.replace_on_exit = True  # Another process replaces it when it exits.
+        self.unresponsive = False  # Its pings have stopped.
         self._killed = False
         self._lines: deque[str] = deque(maxlen=_LINES)
         self._fleet = fleet
@@ -79,17 +82,17 @@ class WorkerProcess:
 
     @property
     def state(self) -> str:
-        """initializing, idle, running, draining, unhealthy (failed, or no longer heard of) or exited."""
+        """initializing, idle, running, draining, unhealthy (failed, or without pings) or exited."""
         if not self.alive:
             expected = self.returncode == 0 and self.ready_after is not None
-            return "exited" if expected or self._killed or not self.wanted else "unhealthy"
-        if self.leaving:
+            return "exited" if expected or self._killed or not self.replace_on_exit else "unhealthy"
+        if self.draining:
             return "draining"
-        if self.silent:
+        if self.unresponsive:
             return "unhealthy"
         if self.ready_after is None:
             return "initializing"
-        return "running" if self._fleet.queue.held(self.id) else "idle"
+        return "running" if self._fleet.queue.leased(self.id) else "idle"
 
     def kill(self) -> None:
         """SIGKILL to the process and all that it has started. It is replaced, as after a crash."""
@@ -99,31 +102,31 @@ class WorkerProcess:
 
     def terminate(self) -> None:
         """Send SIGTERM, and SIGKILL when the grace is over. It finishes its jobs and is not replaced."""
-        self.wanted, self.leaving = False, True
-        self._fleet.loop.call_soon_threadsafe(self._leave)
+        self.replace_on_exit, self.draining = False, True
+        self._fleet.loop.call_soon_threadsafe(self._drain)
 
     def refresh(self) -> None:
-        """Have it replaced as soon as its jobs have ended; it gets no more of them."""
-        self.leaving = True
-        self._fleet.queue.dismiss(self.id)
-        if not self._fleet.queue.held(self.id):
-            self._leave()
+        """Drain it: it gets no more jobs, and is replaced when those that it has end."""
+        self.draining = True
+        self._fleet.queue.end_polls(self.id)
+        if not self._fleet.queue.leased(self.id):
+            self._drain()
 
-    def asked(self) -> None:
-        """It asks for a job: it is ready."""
+    def polled(self) -> None:
+        """It polls for a job, so it is ready."""
         if self.ready_after is None:
             self.ready_after = time.monotonic() - self._started
-            self.pinged()
-            self._fleet.changed()
+            self.ping_received()
+            self._fleet.notify()
 
-    def pinged(self) -> None:
+    def ping_received(self) -> None:
         self._last_ping = time.monotonic()
 
     def check_pings(self, patience: float) -> None:
         """Give it no jobs while its last ping is older than `patience` seconds."""
-        self.silent = self.ready_after is not None and time.monotonic() - self._last_ping > patience
-        if self.silent:
-            self._fleet.queue.dismiss(self.id)
+        self.unresponsive = self.ready_after is not None and time.monotonic() - self._last_ping > patience
+        if self.unresponsive:
+            self._fleet.queue.end_polls(self.id)
 
     async def start(self, env: Mapping[str, str]) -> None:
         """Start the process, in a session of its own."""
@@ -150,7 +153,7 @@ class WorkerProcess:
                 stderr=write,
                 start_new_session=True,
             )
-            # Should this process die without a chance to clean up, its workers end too.
+            # If this process is killed and cannot clean up, its workers end too.
             numbers = [str(number) for number in (os.getpid(), self.pid, self._fleet.rules.grace)]
             self._guard = await asyncio.create_subprocess_exec(
                 sys.executable, "-I", "-S", reaper.__file__, *numbers,
@@ -164,8 +167,8 @@ class WorkerProcess:
         finally:
             os.close(write)
 
-    async def ended(self) -> None:
-        """Wait for its end, and end what it leaves behind, such as the SDK's heartbeat process."""
+    async def wait(self) -> None:
+        """Wait for its exit, and end the processes that it leaves, such as the SDK's heartbeat."""
         assert self._process is not None
         code = await self._process.wait()
         self._signal_group()
@@ -178,9 +181,9 @@ class WorkerProcess:
         self._pipe.close()
         self.returncode = code
 
-    def _leave(self) -> None:
+    def _drain(self) -> None:
         # Its long polls end first: a job that they bring after SIGTERM may never be started.
-        self._fleet.queue.dismiss(self.id)
+        self._fleet.queue.end_polls(self.id)
         if self.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)
@@ -225,121 +228,3 @@ class _Log(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.data_received(b"\n")
         self.closed.set()
-
-
-class Fleet:
-    """The workers of an endpoint, each kept alive by the rules.
-
-    url: `http://127.0.0.1:PORT/v2/<endpoint>`; url and loop are set before the first worker is added.
-    workers: the processes that live, and those that have failed and are not (yet) replaced.
-    """
-
-    url: str
-    loop: asyncio.AbstractEventLoop
-
-    def __init__(self, queue: Queue, rules: Rules, *, endpoint_id: str, echo: bool = False) -> None:
-        self.queue, self.rules, self.endpoint_id, self.echo = queue, rules, endpoint_id, echo
-        self.workers: list[WorkerProcess] = []
-        self._keepers: set[asyncio.Task[None]] = set()
-        self._change = asyncio.Event()
-        self._stop = asyncio.Event()
-
-    async def add(
-        self, command: Sequence[str] | Container, cwd: Path, env: Mapping[str, str]
-    ) -> WorkerProcess:
-        """Start a worker and keep it alive."""
-        worker = WorkerProcess(self, command, cwd, env)
-        await worker.start(self._environment(worker.id))
-        self.workers.append(worker)
-        keeper = asyncio.create_task(self._keep(worker))
-        self._keepers.add(keeper)
-        keeper.add_done_callback(self._keepers.discard)
-        return worker
-
-    def get(self, worker_id: str) -> WorkerProcess | None:
-        """The living worker of this id."""
-        return next((worker for worker in self.workers if worker.id == worker_id and worker.alive), None)
-
-    def health(self) -> dict[str, int]:
-        """The `workers` half of /health. `ready` equals `idle`, as on RunPod (observed)."""
-        states = [worker.state for worker in self.workers]
-        names = ("idle", "initializing", "ready", "running", "throttled", "unhealthy")
-        counts = {name: states.count(name) for name in names}
-        return counts | {"ready": counts["idle"], "running": counts["running"] + states.count("draining")}
-
-    async def ready(self, count: int) -> None:
-        """Wait until `count` workers have asked for a job. Raises WorkerFailed."""
-        while sum(worker.alive and worker.ready_after is not None for worker in self.workers) < count:
-            for worker in self.workers:
-                if worker.state == "unhealthy" and worker.ready_after is None:
-                    raise WorkerFailed(
-                        f"The worker exited with status {worker.returncode} before it was ready."
-                        f" Its last lines:\n{worker.tail()}"
-                    )
-            await self._change.wait()
-
-    def changed(self) -> None:
-        """Wake who waits in `ready`."""
-        self._change.set()
-        self._change = asyncio.Event()
-
-    def check_pings(self) -> None:
-        """Find the workers whose pings have stopped."""
-        for worker in self.workers:
-            worker.check_pings(self.rules.missed_pings * self.rules.ping_interval)
-
-    async def stop(self) -> None:
-        """End all workers, with grace, and wait for it."""
-        self._stop.set()
-        for worker in self.workers:
-            worker.terminate()
-        await asyncio.gather(*self._keepers)
-
-    async def _keep(self, worker: WorkerProcess) -> None:
-        failures = 0
-        while True:
-            await worker.ended()
-            self.queue.leave(worker.id)
-            self.changed()
-            if worker.returncode == 0 and worker.ready_after is not None:
-                failures = 0
-            else:
-                failures = 1 if worker.jobs_taken else failures + 1
-            if worker.wanted and failures:
-                if failures > self.rules.restarts:
-                    return
-                with contextlib.suppress(TimeoutError):
-                    delay = self.rules.restart_delay * 2 ** (failures - 1)
-                    await asyncio.wait_for(self._stop.wait(), delay)
-            if not worker.wanted:
-                self.workers.remove(worker)
-                return
-            successor = WorkerProcess(self, worker.command, worker.cwd, worker.env)
-            await successor.start(self._environment(successor.id))
-            self.workers[self.workers.index(worker)] = worker = successor
-            if self._stop.is_set():
-                worker.terminate()
-
-    def _environment(self, worker_id: str) -> dict[str, str]:
-        """This process's own environment, with what RunPod sets."""
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith("RUNPOD_")}
-        # The heartbeat goes through the environment's proxy otherwise.
-        no_proxy = ",".join(
-            filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1"])
-        )
-        return inherited | {
-            "no_proxy": no_proxy,
-            "NO_PROXY": no_proxy,
-            "RUNPOD_POD_ID": worker_id,
-            "RUNPOD_POD_HOSTNAME": worker_id,
-            "RUNPOD_ENDPOINT_ID": self.endpoint_id,
-            "RUNPOD_AI_API_KEY": worker_id,
-            "RUNPOD_PING_INTERVAL": str(round(1000 * self.rules.ping_interval)),
-            "RUNPOD_WEBHOOK_GET_JOB": f"{self.url}/job-take/$ID?gpu=local",
-            "RUNPOD_WEBHOOK_POST_OUTPUT": f"{self.url}/job-done/$RUNPOD_POD_ID/$ID?gpu=local",
-            "RUNPOD_WEBHOOK_POST_STREAM": f"{self.url}/job-stream/$RUNPOD_POD_ID/$ID?gpu=local",
-            "RUNPOD_WEBHOOK_PING": f"{self.url}/ping/$RUNPOD_POD_ID?gpu=local",
-            # The SDK's checks demand 4 GB of memory, the internet and a GPU.
-            "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
-            "RUNPOD_SKIP_GPU_CHECK": "true",
-        }

@@ -1,5 +1,22 @@
-"""What every worker needs and none should write twice.
+"""What every image has. Importing any module of `shared` loads neither a model library nor the RunPod SDK.
 
-A drawer of functions and small classes. Importing `shared` or any module of it loads no model library
-and not the RunPod SDK: both cost seconds, and a worker pays only for what it uses.
+For a handler:
+    jobs.job_handler(*requests, routes)      turns `async def work(request, job)` into a JobHandler
+    jobs.Job                                 id, data, check_size(bytes, advice)
+    jobs.start_config(handler, settings)     what `prepare()` returns
+    startup.serve(prepare, worker=)          starts the worker; a failed load is classified and answered
+    startup.resolve(settings, name)          the folder of the model, from the volume, the image or the Hub
+    startup.phase(name)                      times a part of the load in the log
+    prewarm.run(handler, inputs)             sends small requests before the first job
+    logs.log                                 the logger; lines have the job's id and no secrets
+For schemas:
+    settings.WorkerSettings, read_settings   environment variables, typed
+    requests.Request, as_list                the base of a worker's own requests
+    openai.OpenAIRequest, ModelsRequest, ModelList, Usage    the base of OpenAI requests, common shapes
+For the work:
+    errors.JobError, invalid, not_finite, engine_died        what a client receives for one job
+    errors.StartError                        what every client receives after a permanent failure to start
+    decoding.load_bytes, decode_base64, too_large            bytes from base64, a data: URI or a URL
+    openai.check_model, model_list, usage, sse, DONE         parts of OpenAI answers
+    device.pick_device, parallel_batches, share_cores, is_out_of_memory, is_cuda_broken, empty_cache
 """

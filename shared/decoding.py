@@ -1,7 +1,7 @@
 """Bytes that a client sent: base64, a `data:` URI or an http(s) URL.
 
 Every limit is checked before the work that it guards. Nothing is written to disk. An unreadable source raises
-`JobError` with the field and the cause, and never the text of a URL: passwords and signatures are in it.
+JobError with the field and the cause. The error never quotes a URL, which may hold passwords and signatures.
 
     data = await load_bytes(request.image, param="image")
 """
@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import functools
+import contextlib
 import re
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,17 +23,16 @@ MAX_BYTES = 50 * 2**20
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30}):")
 _STANDARD = bytes.maketrans(b"-_", b"+/")
 _SOCKET_TIMEOUT_S = 10.0
-_BLOCK = 2**16
-# A pool of its own: servers that are slow must not keep the decoders of other jobs waiting.
+_CHUNK_BYTES = 2**16
+# A separate pool: slow servers must not occupy the threads that decode other jobs' input.
 _downloads = ThreadPoolExecutor(16, thread_name_prefix="download")
 
 
 def decode_base64(text: str, *, param: str, max_bytes: int = MAX_BYTES) -> bytes:
-    """Decode base64 as the standard library's strict decoder does, after taking out ASCII white space,
-    mapping the URL-safe alphabet to the standard one and adding missing padding.
+    """Decode base64, standard or URL-safe, with or without padding; ASCII white space is ignored.
 
-    The two alphabets mixed in one text, padding that the last group does not need and any other character
-    are refused.
+    Raises JobError(code="bad_base64") for any other character, for both alphabets in one text and for more
+    padding than the last group needs; JobError(code="too_large") before decoding.
     """
     try:
         packed = text.encode("ascii").translate(None, b" \t\n\r\v\f")
@@ -59,9 +57,10 @@ async def load_bytes(
 ) -> bytes:
     """The bytes, at least one, of base64 text, of a `data:` URI or at an http(s) URL.
 
-    URLs go through the SDK's download, which refuses addresses that are not public, behind redirects too.
-    After `timeout_s`, or when the job is cancelled, this returns at once; the thread that reads ends with the
-    next bytes that arrive, or after 10 s without any, and closes its connection.
+    URLs go through the SDK's download, which refuses addresses that are not public, after redirects too.
+    After `timeout_s`, or when the job is cancelled, this returns at once and the connection is closed. The
+    exception is a server that trickles its headers: it holds one of 16 threads until they end, or until it
+    pauses for 10 s.
     """
     source = source.strip()
     scheme = match[1].lower() if (match := _SCHEME.match(source)) else ""
@@ -89,47 +88,50 @@ def _read_data_uri(uri: str, *, param: str, max_bytes: int) -> bytes:
 
 
 async def _download(url: str, param: str, max_bytes: int, timeout_s: float) -> bytes:
-    abandoned = threading.Event()
-    fetch = functools.partial(_fetch, url, param, max_bytes, min(timeout_s, _SOCKET_TIMEOUT_S), abandoned)
+    download = _Download(url, param, max_bytes, min(timeout_s, _SOCKET_TIMEOUT_S))
     try:
         async with asyncio.timeout(timeout_s):
-            return await asyncio.get_running_loop().run_in_executor(_downloads, fetch)
+            return await asyncio.get_running_loop().run_in_executor(_downloads, download.run)
     except TimeoutError:
         raise invalid(param, f"the download took longer than {timeout_s:g} s.", "download_timeout") from None
     finally:
-        abandoned.set()
+        download.stop()
 
 
-class _Abandoned(BaseException):
-    """Nobody waits for this download any more. Not an Exception: HTTP libraries try again after those."""
+class _Download:
+    """One download, which another thread can stop while it waits for the body."""
 
+    def __init__(self, url: str, param: str, max_bytes: int, socket_timeout_s: float) -> None:
+        self.url, self.param, self.max_bytes = url, param, max_bytes
+        self.socket_timeout_s = socket_timeout_s
+        self._stopped = threading.Event()
+        self._response: Any = None
 
-def _fetch(url: str, param: str, max_bytes: int, patience_s: float, abandoned: threading.Event) -> bytes:
-    from runpod.serverless.utils import rp_ssrf
-    from urllib3.exceptions import HTTPError
+    def stop(self) -> None:
+        """Wake the thread that reads the body; its connection is then closed. Harmless after the end."""
+        self._stopped.set()
+        if self._response is not None:
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # closed already
+                self._response.raw.shutdown()
 
-    def leave_if_abandoned(*_: Any) -> None:
-        if abandoned.is_set():
-            raise _Abandoned
+    def run(self) -> bytes:
+        from runpod.serverless.utils import rp_ssrf
+        from urllib3.exceptions import HTTPError
 
-    headers = {"Accept-Encoding": "identity"}
-    # A socket's time-out starts anew with each byte, and a server can trickle headers as well as a body. A
-    # profile function is called in this thread at each call of Python, so after each wait on the socket.
-    sys.setprofile(leave_if_abandoned)
-    try:
-        with rp_ssrf.safe_get(url, timeout=patience_s, headers=headers, max_bytes=max_bytes) as response:
-            if response.status_code == 200:
-                return b"".join(rp_ssrf.iter_content_capped(response, _BLOCK, max_bytes))
-            cause = f"the server answered {response.status_code}"
-    except rp_ssrf.SSRFError as error:
-        if "size cap" in str(error):
-            raise too_large(param, f"{max_bytes} bytes") from None
-        cause = re.sub(r"\S*://.*", "the URL", str(error).split(": ")[0], flags=re.DOTALL)
-    except (OSError, ValueError, HTTPError) as error:  # their texts quote the URL
-        cause = type(error).__name__
-    finally:
-        sys.setprofile(None)
-    raise invalid(param, f"the download failed: {cause}.", "download_failed")
+        limits: dict[str, Any] = {"timeout": self.socket_timeout_s, "max_bytes": self.max_bytes}
+        try:
+            with rp_ssrf.safe_get(self.url, headers={"Accept-Encoding": "identity"}, **limits) as response:
+                self._response = response
+                if response.status_code == 200 and not self._stopped.is_set():
+                    return b"".join(rp_ssrf.iter_content_capped(response, _CHUNK_BYTES, self.max_bytes))
+                cause = f"the server answered {response.status_code}"
+        except rp_ssrf.SSRFError as error:
+            if "size cap" in str(error):
+                raise too_large(self.param, f"{self.max_bytes} bytes") from None
+            cause = re.sub(r"\S*://.*", "the URL", str(error).split(": ")[0], flags=re.DOTALL)
+        except (OSError, ValueError, HTTPError) as error:  # their texts quote the URL
+            cause = type(error).__name__
+        raise invalid(self.param, f"the download failed: {cause}.", "download_failed")
 
 
 def too_large(param: str, limit: str) -> JobError:

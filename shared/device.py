@@ -1,4 +1,4 @@
-"""Which device and number format a model runs in, and how a GPU fails."""
+"""The device and dtype that a model runs with, the CPU's threads, and the errors of a GPU."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ if TYPE_CHECKING:
 
 
 def pick_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """Device and dtype for the hardware found: bfloat16 where the GPU has it, float16 else, float32 on CPU.
+    """The device and dtype for the settings DEVICE and DTYPE.
 
-    Raises StartError(code="no_gpu") when DEVICE asks for a GPU that is not there.
+    auto: the GPU if there is one; bfloat16 if the GPU supports it natively, else float16; float32 on CPU.
+    Raises StartError(code="no_gpu") for a GPU that does not exist.
     """
     import torch
 
@@ -33,11 +34,11 @@ def pick_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device
 
 
 def parallel_batches(device: torch.device) -> int:
-    """How many batches to run at a time: on CPU one for each of torch's threads, on a GPU one.
+    """How many batches to run at a time: one for each of torch's threads on CPU, one on a GPU.
 
-    Threads that share a batch wait for each other after every operation, and for whoever else has a core
-    meanwhile: two batches on a thread each were 1.05 times as fast as one after the other on two, on an
-    otherwise idle machine, and more beside a busy event loop (benchmarks/results/embeddings.md).
+    Threads that share a batch synchronise after every operation, and one that lost its core delays all. Two
+    batches on one thread each were 1.05 times as fast as one after the other on two threads, on an otherwise
+    idle machine, and more beside a busy event loop (benchmarks/results/embeddings.md).
     """
     import torch
 
@@ -45,9 +46,10 @@ def parallel_batches(device: torch.device) -> int:
 
 
 def share_cores(batches: int, running: int) -> None:
-    """Give the calling thread its share of torch's threads.
+    """Set how many threads torch uses for operations of the calling thread.
 
-    batches: the most batches that run at a time. running: how many do; a lone one gets all threads.
+    batches: `parallel_batches`, which is also the number of threads to share. running: the batches that run
+    at this moment; a single one gets all threads.
     """
     if batches > 1:
         import torch
@@ -56,7 +58,7 @@ def share_cores(batches: int, running: int) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that the GPU, or this process, has no memory left."""
+    """Whether `error` reports that the GPU or the process is out of memory."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
@@ -65,13 +67,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_cuda_broken(error: BaseException) -> bool:
-    """Whether `error`, torch's or CTranslate2's, is one of CUDA after which every other call fails too."""
+    """Whether `error`, of torch or CTranslate2, is a CUDA error after which every later call fails."""
     marks = ("CUDA error", "CUDA failed with error")
     return any(mark in str(error) for mark in marks) and not is_out_of_memory(error)
 
 
 def empty_cache() -> None:
-    """Give the GPU memory that torch holds without using it back to the driver."""
+    """Return the GPU memory that torch caches and does not use to the driver."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()

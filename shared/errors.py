@@ -1,4 +1,4 @@
-"""The two errors that cross the boundary between a worker and its user."""
+"""The two errors that a user of a worker receives: JobError for one job, StartError for all of them."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ class JobError(Exception):
 
 
 def invalid(param: str, message: str, code: str = "invalid_value") -> JobError:
-    """A JobError about the field `param`, whose name begins the message."""
+    """A JobError about the field `param`; the message starts with its name."""
     return JobError(f"{param}: {message}", param=param, code=code)
 
 
 def engine_died(error: BaseException) -> JobError:
-    """What jobs receive whose engine thread was ended by `error`; the SDK then replaces the worker."""
+    """The error of the jobs of an engine thread that `error` has ended. The worker is then replaced."""
     return JobError(
         f"The engine of this worker stopped ({type(error).__name__}). Send the job again: the worker is "
         "being replaced.",
@@ -75,7 +75,7 @@ def engine_died(error: BaseException) -> JobError:
 
 
 def not_finite(advice: str) -> JobError:
-    """What a job receives whose result has a NaN or an infinity. advice: what to change."""
+    """The error of a job whose result has a NaN or an infinity. advice: what to change, a sentence."""
     message = f"The model produced a number that is not finite. {advice}"
     return JobError(message, code="not_finite", type="server_error")
 

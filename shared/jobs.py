@@ -1,4 +1,4 @@
-"""The boundary between the SDK and a worker: JSON in, a typed request through; JSON or one clear error out.
+"""The boundary between the SDK and a worker: JSON becomes a typed request, its result JSON or one error.
 
     @job_handler(EmbedRequest, routes={"/v1/embeddings": EmbeddingsRequest})
     async def handler(request: EmbedRequest | EmbeddingsRequest, job: Job) -> EmbedResponse: ...
@@ -12,9 +12,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel
 
@@ -22,7 +23,7 @@ from shared.device import empty_cache, is_cuda_broken, is_out_of_memory
 from shared.errors import ENGINE_DIED, JobError, engine_died, invalid
 from shared.logs import job_id, log
 from shared.requests import Request, parse
-from shared.results import Result, has_bucket, to_plain, too_large, upload
+from shared.results import Result, has_bucket, posted_size, to_plain, too_large, upload
 from shared.settings import WorkerSettings
 
 __all__ = ["Job", "JobHandler", "Request", "job_handler", "start_config"]
@@ -53,7 +54,7 @@ class Job:
 
 
 Work = Callable[[Any, Job], Awaitable[Any]]
-StreamWork = Callable[[Any, Job], AsyncIterator[Any]]
+StreamWork = Callable[[Any, Job], AsyncGenerator[Any, None]]
 
 
 def job_handler(
@@ -74,8 +75,8 @@ def job_handler(
 class JobHandler:
     """A worker's handler, in the two forms that the SDK knows: a coroutine and an async generator.
 
-    requests, routes: see `job_handler`. in_flight: jobs that the SDK has not finished with: they run, or
-    their results are being posted.
+    requests, routes: see `job_handler`. work, stream_work: the decorated functions; stream_work is None
+    where the worker does not stream.
     """
 
     def __init__(
@@ -89,47 +90,53 @@ class JobHandler:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._out_of_memory = 0  # jobs in a row that ran out of memory
 
-    def streamed(self, work: StreamWork) -> StreamWork:
+    def streamed(self, work: Callable[[Any, Job], AsyncIterator[Any]]) -> StreamWork:
         """Register the async generator function for requests whose field `stream` is true."""
-        self.stream_work = work
-        return work
+        self.stream_work = cast(StreamWork, work)  # as it is usually annotated, an AsyncIterator
+        return self.stream_work
 
     @property
     def in_flight(self) -> int:
+        """Jobs whose tasks have not ended: they run, or their results are being posted."""
         return len(self._tasks)
 
     async def __call__(self, data: dict[str, Any]) -> Any:
         """The complete answer of a job, or `{"error": ...}`."""
-        job = self._begin(data)
+        job = self.begin(data)
         try:
             request = parse(data.get("input"), self.requests, self.routes)
             if self.stream_work is not None and getattr(request, "stream", None):
                 message = "this endpoint has STREAMING=false. Leave stream out."
                 raise invalid("stream", message, "unsupported")
-            result = await self._finish(await self.work(request, job), job)
+            result = await self.finish(await self.work(request, job), job)
         except Exception as error:
-            problem, replace_worker = self._explain(error)
+            problem, replace_worker = self.explain(error)
             return {"error": problem.json(), **({"refresh_worker": True} if replace_worker else {})}
         self._out_of_memory = 0
         return result
 
     async def stream(self, data: dict[str, Any]) -> AsyncIterator[Any]:
-        """The parts of a job's answer; one part, the complete answer, where the request does not stream."""
-        job = self._begin(data)
+        """The parts of a job's answer; a request that does not stream has one, the complete answer.
+
+        An answer that fails ends in `{"error": ...}`, after an event with the error where parts were sent.
+        """
+        job = self.begin(data)
         part = None
         try:
             request = parse(data.get("input"), self.requests, self.routes)
             if self.stream_work is None or not getattr(request, "stream", None):
-                yield await self._finish(await self.work(request, job), job)
+                yield await self.finish(await self.work(request, job), job)
             else:
-                async for part in self.stream_work(request, job):
-                    yield part if isinstance(part, str) else await self._finish(part, job)
+                # Closed with this generator, so that a reader who leaves frees what the work holds.
+                async with aclosing(self.stream_work(request, job)) as parts:
+                    async for part in parts:
+                        yield part if isinstance(part, str) else await self.finish(part, job)
         except Exception as error:
-            problem, replace_worker = self._explain(error)
+            problem, replace_worker = self.explain(error)
             if replace_worker:
                 # The SDK reads this flag from its configuration when the handler is a generator.
                 self.config["refresh_worker"] = True
-            # The SDK ends a stream at an `error` and does not send it, so the reader receives this first.
+            # The SDK ends a stream at an `error` without sending it: the reader receives an event first.
             if isinstance(part, str):
                 yield problem.event()
             elif part is not None:
@@ -138,27 +145,28 @@ class JobHandler:
             return
         self._out_of_memory = 0
 
-    def _begin(self, data: dict[str, Any]) -> Job:
-        """Attach the running task, which the SDK made for this job alone, to the job."""
+    def begin(self, data: dict[str, Any]) -> Job:
+        """Count the running task, which serves this job alone, as in flight, and name the job in the log."""
         job_id.set(data["id"])
         if task := asyncio.current_task():
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         return Job(data, self.max_result_bytes)
 
-    async def _finish(self, result: Any, job: Job) -> Any:
+    async def finish(self, result: Any, job: Job) -> Any:
         """`result` as the SDK may post it: plain JSON within the platform's limit.
 
         A larger result is uploaded to the bucket that BUCKET_* or the job's s3Config names, and becomes
         `{"url", "bytes"}`. Raises JobError(code="result_too_large") without a bucket.
         """
-        content, data = to_plain(result)
-        if len(data) > self.max_result_bytes:
-            job.check_size(len(data))
+        content, data = await to_plain(result)
+        size = posted_size(data)
+        if size > self.max_result_bytes:
+            job.check_size(size)
             content = {"url": await asyncio.to_thread(upload, data, job.data), "bytes": len(data)}
-        return Result(content, len(data)) if isinstance(content, dict) else content
+        return Result(content, size) if isinstance(content, dict) else content
 
-    def _explain(self, error: Exception) -> tuple[JobError, bool]:
+    def explain(self, error: Exception) -> tuple[JobError, bool]:
         """The client's error, and whether the worker should be replaced after this job.
 
         The second job in a row that runs out of memory asks for a new worker.

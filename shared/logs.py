@@ -1,4 +1,4 @@
-"""One logger, one line an event, no secret in any of them."""
+"""One logger: each event is one line, without secrets."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import sys
 from contextvars import ContextVar
 
 job_id: ContextVar[str | None] = ContextVar("job_id", default=None)
-"""The id of the job that the running task serves; every log line carries it."""
+"""The id of the job that the running task serves; on RunPod every log line has it."""
 
 _SECRET_NAME = re.compile(r"TOKEN$|SECRET|PASSWORD|API_KEY$|ACCESS_KEY", re.IGNORECASE)
-# Hugging Face tokens and the user part of a URL, wherever they come from.
+# Hugging Face tokens and the user part of a URL, whatever their source.
 _SECRET_TEXT = re.compile(r"hf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+(?=@)")
 
 
@@ -30,13 +30,13 @@ class _Formatter(logging.Formatter):
         message = redact(super().format(record))
         if not os.environ.get("RUNPOD_ENDPOINT_ID"):
             return f"{record.levelname.ljust(7)}| {message}"
-        # The SDK's own shape, which RunPod's log view understands.
+        # The format of the SDK, which RunPod's log view parses.
         line = {"requestId": job_id.get(), "message": message, "level": record.levelname}
         return json.dumps(line, ensure_ascii=False)
 
 
 class _Stdout(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to whatever sys.stdout is at the time, so that captured output stays captured."""
+    """Writes to sys.stdout as it is at the time of the event: tests replace it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stdout
@@ -49,7 +49,7 @@ def _make_logger() -> logging.Logger:
     handler.setFormatter(_Formatter("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    logger.propagate = False
+    logger.propagate = False  # the SDK gives the root logger a handler, which would print each line again
     return logger
 
 

@@ -1,7 +1,7 @@
 """What every OpenAI route has: the base of requests, /v1/models, usage and server-sent events.
 
-Source of the shapes: OpenAI's API reference and what the `openai` Python client parses. Unknown fields of a
-request are ignored, as servers of this API do: clients send fields of their own.
+The shapes are those of OpenAI's API reference and of the `openai` Python client's parser. Unknown fields of a
+request are ignored, as by other servers of this API: clients send extra fields.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from shared.errors import JobError
+from shared.errors import invalid
 
 
 class OpenAIRequest(BaseModel):
@@ -40,7 +40,7 @@ _started = int(time.time())
 
 
 def model_list(*names: str) -> ModelList:
-    """The answer of /v1/models. `created` is when this worker started."""
+    """The answer of /v1/models. `created` is the Unix time at which this worker started."""
     return ModelList(
         data=[
             Model(id=name, created=_started, owned_by=name.rpartition("/")[0] or "runpod") for name in names
@@ -48,17 +48,21 @@ def model_list(*names: str) -> ModelList:
     )
 
 
-def check_model(asked: str | None, *served: str) -> None:
-    """Raise JobError(code="model_not_found") for a model that this worker does not serve."""
-    if asked is not None and asked.casefold() not in {name.casefold() for name in served}:
-        raise JobError(
-            f"model: {asked!r} is not served here. Use {served[0]!r}.", param="model", code="model_not_found"
-        )
+def check_model(name: str | None, *served: str) -> None:
+    """Raise JobError(code="model_not_found") for a model that this worker does not serve.
+
+    name: the field `model` of the request; None is accepted. served: the names, compared without case; the
+    error advises the first.
+    """
+    if name is not None and name.casefold() not in {known.casefold() for known in served}:
+        raise invalid("model", f"{name!r} is not served here. Use {served[0]!r}.", "model_not_found")
 
 
 class Usage(BaseModel):
-    prompt_tokens: int = Field(description="Tokens that the model read: text, marks and images")
-    completion_tokens: int = Field(description="Tokens that it made, the one that ended the answer included")
+    """Tokens of a completion. An embedding has none to complete: see `serving.embedding.schemas`."""
+
+    prompt_tokens: int = Field(description="Prompt tokens, special and image tokens included")
+    completion_tokens: int = Field(description="Generated tokens, the end-of-sequence token included")
     total_tokens: int = Field(description="The sum of both")
 
 
@@ -76,4 +80,4 @@ def sse(event: BaseModel) -> str:
 
 
 DONE = "data: [DONE]\n\n"
-"""The end of a stream."""
+"""The last event of a stream."""

@@ -1,4 +1,4 @@
-"""The worker's own small requests, before the first job."""
+"""Small requests that a worker sends to itself before its first job."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from shared.startup import phase
 
 
 def run(handler: JobHandler, inputs: Sequence[dict[str, Any]]) -> None:
-    """Send `inputs` through `handler` one after another, as jobs, and discard the answers.
+    """Send `inputs` through `handler` as jobs, one after another, and discard the answers.
 
-    Raises StartError(code="prewarm_failed") when one is answered with an error: a worker that fails on its
-    own small request would fail on every job.
+    Raises StartError(code="prewarm_failed") at the first error: a worker that fails on its own small request
+    would fail on every job.
     """
 
     async def run_all() -> None:

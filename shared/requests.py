@@ -72,6 +72,11 @@ def validate(model: type[BaseModel], payload: dict[str, Any]) -> BaseModel:
         raise _explain((unknown or problems)[0], model) from None
 
 
+def as_list(value: Any) -> Any:
+    """For a BeforeValidator: a lone text as a list of it, null as an empty list."""
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
 def _explain(problem: ErrorDetails, model: type[BaseModel]) -> JobError:
     param = ".".join(str(part) for part in problem["loc"]) or None
     if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1:
@@ -92,7 +97,7 @@ def _explain(problem: ErrorDetails, model: type[BaseModel]) -> JobError:
 
 def _json_type(value: Any) -> str:
     names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(value), type(value).__name__)
+    return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
 def _show(value: Any) -> str:
@@ -100,4 +105,4 @@ def _show(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=repr)
     if len(text) <= 60:
         return text
-    return f"{_json_type(value)} of {len(value)}" if hasattr(value, "__len__") else f"{text[:60]}..."
+    return f"{_json_type(value)} of length {len(value)}" if hasattr(value, "__len__") else f"{text[:60]}..."

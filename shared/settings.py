@@ -1,4 +1,4 @@
-"""A worker's settings: environment variables, typed, bounded, and refused in one line when wrong."""
+"""A worker's settings: environment variables, typed and bounded; a wrong one is a one-line error."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ DType = Literal["auto", "bfloat16", "float16", "float32"]
 
 
 class WorkerSettings(BaseSettings):
-    """What all workers have. The field `max_concurrency` is the variable `MAX_CONCURRENCY`, and so on.
+    """The settings of all workers. The field `max_concurrency` is the variable `MAX_CONCURRENCY`.
 
-    Space around a value is no part of it, and an empty variable counts as unset.
-
-    A worker subclasses it, gives `model_name` its default and adds its own fields.
+    White space around a value is removed, and an empty variable counts as unset. A worker subclasses this,
+    gives `model_name` its default and adds its own fields.
     """
 
     model_config = SettingsConfigDict(
@@ -56,25 +55,25 @@ class WorkerSettings(BaseSettings):
 
     @property
     def public_name(self) -> str:
-        """The model's name as clients know it."""
+        """The model's name in requests and answers."""
         return self.served_model_name or self.model_name
 
 
 S = TypeVar("S", bound=WorkerSettings)
 
 
-def read_settings(cls: type[S]) -> S:
+def read_settings(settings: type[S]) -> S:
     """The settings from the environment.
 
-    Raises StartError(code="bad_setting"): one line with the variable, its value (never a secret's) and
+    Raises StartError(code="bad_setting"): one line with the variable, its value unless it is a secret, and
     what is allowed.
     """
     try:
-        return cls()
+        return settings()
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         field = str(problem["loc"][0])
-        annotation = str(cls.model_fields[field].annotation) if field in cls.model_fields else ""
+        annotation = str(settings.model_fields[field].annotation) if field in settings.model_fields else ""
         value = "" if "SecretStr" in annotation else f"={str(problem['input'])[:80]!r}"
         message = f"{field.upper()}{value}: {problem['msg']}."
         if problem["type"] == "missing":

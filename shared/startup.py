@@ -1,6 +1,7 @@
-"""What a failed load does: a cause that a new try cannot mend is answered to every job, anything else exits.
+"""The start of a worker: its phases in the log, and what follows when it fails.
 
-A crash loop bills by the second; a worker that says what is wrong bills for one answer.
+A permanent cause, which a new attempt cannot remove, is answered to every job. Any other failure exits, and
+RunPod replaces the worker. A crash loop is billed by the second, an answer once.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Config = dict[str, Any]
 
 
 def _process_start() -> float:
-    """When this process started, on time.monotonic()'s clock (Linux counts both from boot)."""
+    """The start of this process on the clock of time.monotonic(): Linux counts both from boot."""
     try:
         with open("/proc/self/stat") as stat:
             ticks = int(stat.read().rpartition(")")[2].split()[19])
@@ -43,7 +44,7 @@ def _process_start() -> float:
 
 @dataclass
 class Phase:
-    """A phase that is running. Set `bytes` to what it read or took, if that says something."""
+    """A running phase. bytes: what it read or allocated; logged when set."""
 
     bytes: int | None = None
 
@@ -55,7 +56,7 @@ def log_phase(name: str, seconds: float, size: int | None = None) -> None:
 
 @contextmanager
 def phase(name: str) -> Iterator[Phase]:
-    """Time a phase of the start and log it when it ends well."""
+    """Time a phase of the start, and log it unless it raises."""
     begin = time.monotonic()
     current = Phase()
     yield current
@@ -63,7 +64,7 @@ def phase(name: str) -> Iterator[Phase]:
 
 
 def resolve(settings: WorkerSettings, name: str, *, extra: Sequence[str] = ()) -> ModelPath:
-    """The phase `resolve`: the folder of the model `name`; see `shared.volume.resolve_model`."""
+    """The folder of the model `name`, as the phase `resolve`; see `shared.volume.resolve_model`."""
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
     with phase("resolve") as current:
         model = resolve_model(name, settings.model_revision, token=token, extra=extra)
@@ -76,7 +77,7 @@ def log_ready() -> None:
     log_phase("ready", time.monotonic() - _process_start())
 
 
-# What transformers and sentence-transformers say (5.x, 6.x) when the same image would fail again.
+# Messages of transformers 5.x and sentence-transformers 6.x for failures that the same image would repeat.
 _PERMANENT = (
     ("does not recognize this architecture", "unsupported_architecture"),
     ("Unrecognized model in", "unsupported_architecture"),
@@ -92,7 +93,7 @@ _ADVICE = {
 
 
 def classify(error: BaseException) -> StartError | None:
-    """The permanent cause behind `error`, or None when a new try may go well."""
+    """The permanent cause of `error`, or None when a new attempt may succeed."""
     if isinstance(error, StartError):
         return error
     if is_out_of_memory(error):
@@ -103,14 +104,14 @@ def classify(error: BaseException) -> StartError | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StartError("The disk is full. Give the endpoint a larger container disk.", code="no_space")
     text = str(error)
-    for mark, code in _PERMANENT:
-        if mark in text:
+    for message, code in _PERMANENT:
+        if message in text:
             return StartError(f"{redact(text.strip().splitlines()[0])[:300]} {_ADVICE[code]}", code=code)
     return None
 
 
 def refuse(cause: StartError) -> Config:
-    """A configuration for the SDK's start whose handler answers every job with `cause`."""
+    """A configuration for `runpod.serverless.start` whose handler answers every job with `cause`."""
     answer = JobError(cause.message, code=cause.code, type="server_error").json()
 
     async def handler(job: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def refuse(cause: StartError) -> Config:
 
 
 def log_versions(worker: str) -> None:
-    """One line that says what runs: worker, Python, CUDA, model and, where installed, SDK and libraries."""
+    """Log one line with the worker, its model, and the versions of Python, CUDA, the SDK and libraries."""
     parts = [f"worker={worker}", f"python={platform.python_version()}"]
     for package in ("runpod", "torch", "transformers"):
         try:
@@ -132,9 +133,10 @@ def log_versions(worker: str) -> None:
 
 
 def cuda_version() -> str | None:
-    """The CUDA that torch was built for, read from its files: importing it takes seconds.
+    """The CUDA version that torch was built for, None for a build without CUDA.
 
-    Where there is no torch, what the base image says in CUDA_VERSION. None for a build without CUDA.
+    Read from torch's files, because its import takes seconds; without torch, from the base image's
+    CUDA_VERSION.
     """
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
@@ -145,11 +147,11 @@ def cuda_version() -> str | None:
 
 
 def run(prepare: Callable[[], Config], *, worker: str) -> Config:
-    """Import the SDK beside `prepare()` and return the configuration to start it with.
+    """Call `prepare`, import the SDK at the same time, and return the SDK's configuration.
 
     prepare: reads the settings, loads and prewarms the model, returns `jobs.start_config(...)`.
-    A permanent failure returns `refuse(cause)`; any other exits the process with status 1, so that RunPod
-    replaces the worker.
+    After a permanent failure the configuration is `refuse(cause)`. Any other failure exits with status 1, so
+    that RunPod replaces the worker.
     """
     # The SDK's default, DEBUG, writes every input and output into the log.
     if "RUNPOD_DEBUG_LEVEL" not in os.environ:
@@ -157,8 +159,8 @@ def run(prepare: Callable[[], Config], *, worker: str) -> Config:
     _end_at_sigterm()
     use_volume()
     log_versions(worker)
-    # A thread's import is lost time regained: most of the SDK's is a wait for another process. If it fails
-    # here, it fails again, in sight, where the handler imports it.
+    # Most of the SDK's import is a wait for another process, which a thread overlaps with the load. An import
+    # that fails here fails again in `serve`, with its traceback.
     sdk = threading.Thread(target=_import_quietly, args=("runpod",), daemon=True)
     sdk.start()
     try:
@@ -177,7 +179,7 @@ def run(prepare: Callable[[], Config], *, worker: str) -> Config:
 
 
 def serve(prepare: Callable[[], Config], *, worker: str) -> None:
-    """`run`, and then the SDK's loop, which returns when the worker is told to end."""
+    """Start the worker: `run`, then the SDK's loop, which returns when the worker is stopped."""
     config = run(prepare, worker=worker)
     import runpod
 
@@ -185,7 +187,7 @@ def serve(prepare: Callable[[], Config], *, worker: str) -> None:
 
 
 def _end_at_sigterm() -> None:
-    """Until the SDK drains at it: a container's first process ignores a signal that it does not handle."""
+    """Exit at SIGTERM until the SDK handles it: a container's first process ignores an unhandled signal."""
     main = threading.current_thread() is threading.main_thread()
     if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -195,4 +197,4 @@ def _import_quietly(module: str) -> None:
     try:
         importlib.import_module(module)
     except Exception as error:
-        log.warning("import of %s beside the load failed: %s", module, error)
+        log.warning("import of %s during the load failed: %s", module, error)

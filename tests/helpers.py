@@ -78,17 +78,22 @@ def one_torch_thread() -> Iterator[None]:
 
 @contextmanager
 def longest_stall() -> Iterator[list[float]]:
-    """Inside a running event loop: `[seconds]` that the loop was blocked for at most, filled in at the end."""
-    stalls = [0.0]
+    """Inside a running event loop: `[seconds]`, the longest time that the loop was blocked for."""
+    stalls, last = [0.0], time.perf_counter()
+
+    def measure() -> None:
+        nonlocal last
+        now = time.perf_counter()
+        stalls[0], last = max(stalls[0], now - last - 0.005), now
 
     async def tick() -> None:
         while True:
-            begin = time.perf_counter()
             await asyncio.sleep(0.005)
-            stalls[0] = max(stalls[0], time.perf_counter() - begin - 0.005)
+            measure()
 
     task = asyncio.ensure_future(tick())
     try:
         yield stalls
     finally:
+        measure()
         task.cancel()

@@ -1,4 +1,4 @@
-"""What docker-bake.hcl says: its table of workers, and its resolved targets beside the kept copy.
+"""docker-bake.hcl, read: the table of workers, and the resolved targets beside the kept copy.
 
 `python -m tools.bake` writes the kept copy, tests/images/bake.json, anew.
 """
@@ -27,14 +27,14 @@ Targets = dict[str, dict[str, Any]]
 def table(root: Path = ROOT) -> dict[str, dict[str, str]]:
     """The lines of the WORKERS table: name -> {"base": ..., "about": ...}."""
     text = (root / "docker-bake.hcl").read_text()
-    rows = text.split("WORKERS = {\n", 1)[1].split("\n}", 1)[0].splitlines()
-    found = {}
-    for row in rows:
-        match = LINE.match(row)
+    lines = text.split("WORKERS = {\n", 1)[1].split("\n}", 1)[0].splitlines()
+    workers = {}
+    for line in lines:
+        match = LINE.match(line)
         if not match:
-            raise ValueError(f"docker-bake.hcl: not a line of the WORKERS table: {row}")
-        found[match["name"]] = {"base": match["base"], "about": match["about"]}
-    return found
+            raise ValueError(f"docker-bake.hcl: not a line of the WORKERS table: {line}")
+        workers[match["name"]] = {"base": match["base"], "about": match["about"]}
+    return workers
 
 
 def plain(targets: Targets) -> Targets:
@@ -74,16 +74,16 @@ def keep(targets: Targets, root: Path = ROOT) -> None:
 
 def add(name: str, *, like: str, about: str, root: Path = ROOT) -> None:
     """Add a worker to the table, and to the kept copy, as the twin of the worker `like`. Needs no docker."""
-    rows = table(root)
-    twin = rows[like]
+    workers = table(root)
+    twin = workers[like]
     text = (root / "docker-bake.hcl").read_text()
-    rows[name] = {"base": twin["base"], "about": about}
+    workers[name] = {"base": twin["base"], "about": about}
     head, rest = text.split("WORKERS = {\n", 1)
     tail = rest.split("\n}", 1)[1]
-    width = max(map(len, rows))
+    width = max(map(len, workers))
     lines = [
-        f'  {worker:<{width}} = {{ base = "{row["base"]}", about = "{row["about"]}" }}'
-        for worker, row in sorted(rows.items())
+        f'  {worker:<{width}} = {{ base = "{entry["base"]}", about = "{entry["about"]}" }}'
+        for worker, entry in sorted(workers.items())
     ]
     (root / "docker-bake.hcl").write_text(head + "WORKERS = {\n" + "\n".join(lines) + "\n}" + tail)
     targets = kept(root)

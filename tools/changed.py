@@ -25,11 +25,11 @@ NEVER = (".md", ".in")
 def sources(dockerfile: str) -> set[str]:
     """The paths of the build context that a Dockerfile's text reads."""
     text = re.sub(r"\\\n", " ", dockerfile)
-    found = set(re.findall(r"--mount=type=bind,source=([^,\s]+)", text))
+    paths = set(re.findall(r"--mount=type=bind,source=([^,\s]+)", text))
     for arguments in re.findall(r"^(?:COPY|ADD)\s+(.+)$", text, re.MULTILINE):
         if "--from=" not in arguments:
-            found.update(word for word in arguments.split()[:-1] if not word.startswith("--"))
-    return {path.rstrip("/") for path in found}
+            paths.update(path for path in arguments.split()[:-1] if not path.startswith("--"))
+    return {path.rstrip("/") for path in paths}
 
 
 def affected(paths: Iterable[str], root: Path = ROOT) -> list[str]:
@@ -38,17 +38,17 @@ def affected(paths: Iterable[str], root: Path = ROOT) -> list[str]:
     names = worker_names(root)
     if FOR_ALL & set(changed):
         return names
-    found = []
+    workers = []
     for name in names:
         dockerfile = f"workers/{name}/Dockerfile"
         reads = sources((root / dockerfile).read_text()) | {dockerfile}
         if any(path == source or path.startswith(source + "/") for path in changed for source in reads):
-            found.append(name)
-    return found
+            workers.append(name)
+    return workers
 
 
 def changed_paths(base: str, head: str, root: Path = ROOT) -> list[str] | None:
-    """Paths that differ between where `head` left `base` and `head`; None when git cannot say."""
+    """Paths that differ between where `head` left `base` and `head`; None when git lacks one of them."""
     command = ["git", "diff", "--name-only", "--no-renames", f"{base}...{head}"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     return done.stdout.splitlines() if done.returncode == 0 else None

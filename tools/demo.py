@@ -25,7 +25,7 @@ SENTENCES = [
 
 
 def runsync(platform: Platform, payload: dict[str, Any]) -> tuple[dict[str, Any], float]:
-    """The job's answer, and the milliseconds from asking to having it. Raises RuntimeError if it failed."""
+    """The job's answer, and the milliseconds from the request to it. Raises RuntimeError if it failed."""
     request = urllib.request.Request(  # noqa: S310, the address is loopback
         f"{platform.endpoint_url}/runsync",
         data=json.dumps({"input": payload}).encode(),
@@ -39,11 +39,11 @@ def runsync(platform: Platform, payload: dict[str, Any]) -> tuple[dict[str, Any]
     return answer, (time.monotonic() - begin) * 1000
 
 
-def similarities(rows: np.ndarray) -> str:
+def similarities(vectors: np.ndarray) -> str:
     """The cosine of each pair of unit vectors, as a table."""
     width = max(map(len, SENTENCES))
     lines = [" " * (width + 6) + "".join(f"{i + 1:>7}" for i in range(len(SENTENCES)))]
-    for number, (sentence, scores) in enumerate(zip(SENTENCES, rows @ rows.T, strict=True)):
+    for number, (sentence, scores) in enumerate(zip(SENTENCES, vectors @ vectors.T, strict=True)):
         lines.append(f"  {number + 1}  {sentence:<{width}} " + "".join(f"{score:7.2f}" for score in scores))
     return "\n".join(lines)
 
@@ -60,7 +60,7 @@ def main() -> None:
                 f"  {name:<10}{seconds:7.2f}" + ("  from the start of the process" if name == "ready" else "")
             )
         if worker.ready_after is not None:
-            print(f"  {'first poll':<10}{worker.ready_after:7.2f}  when it asked for its first job")
+            print(f"  {'first poll':<10}{worker.ready_after:7.2f}  when the worker polled for its first job")
 
         answer, milliseconds = runsync(platform, {"texts": SENTENCES})
         output = answer["output"]
@@ -73,10 +73,10 @@ def main() -> None:
         begin = time.monotonic()
         reply = client.embeddings.create(model=output["model"], input=SENTENCES)
         milliseconds = (time.monotonic() - begin) * 1000
-        rows = np.array([item.embedding for item in reply.data])
-        difference = np.abs(rows - output["embeddings"]).max()
+        vectors = np.array([item.embedding for item in reply.data])
+        difference = np.abs(vectors - output["embeddings"]).max()
         print(f"\nPOST /openai/v1/embeddings, by the openai client  {milliseconds:.0f} ms")
-        print(f"  {len(rows)} vectors of {rows.shape[1]}, at most different by {difference:.1e}")
+        print(f"  {len(vectors)} vectors of {vectors.shape[1]}, at most different by {difference:.1e}")
         if difference > 1e-6:
             raise SystemExit("The two answers should be the same.")
     print("\nIt works. make serve-sentence-transformers leaves it running.")

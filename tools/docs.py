@@ -1,10 +1,10 @@
 """Writes the tables in the READMEs from the code, between markers: `make docs`.
 
 In workers/<name>/README.md:
-    <!-- settings --> ... <!-- /settings -->                    the environment, from the handler's Settings
-    <!-- fields EmbedRequest --> ... <!-- /fields -->            a pydantic model that the handler names
+    <!-- settings --> ... <!-- /settings -->                    the environment, from Settings in schemas.py
+    <!-- fields EmbedRequest --> ... <!-- /fields -->            a pydantic model of schemas.py
 In README.md:
-    <!-- workers --> ... <!-- /workers -->                       a row for each worker
+    <!-- workers --> ... <!-- /workers -->                       a line for each worker
 
 With --check it writes nothing and fails when a table is not what the code says.
 """
@@ -79,9 +79,9 @@ def inner(schema: Schema, definitions: Schema) -> tuple[str, Schema] | None:
         dots = "[]." if option.get("type") == "array" else "."
         target = option.get("items", {}) if dots == "[]." else option
         if "$ref" in target:
-            found = definitions[target["$ref"].rpartition("/")[2]]
-            if "properties" in found:
-                return dots, found
+            target_schema = definitions[target["$ref"].rpartition("/")[2]]
+            if "properties" in target_schema:
+                return dots, target_schema
     return None
 
 
@@ -96,9 +96,9 @@ def fields(schema: Schema, definitions: Schema, prefix: str = "") -> Iterator[li
             default = code(field["default"])
         description = field.get("description", "").replace("<", "&lt;")
         yield [code(prefix + name), kind(field, definitions), default, description]
-        found = inner(field, definitions)
-        if found and prefix.count(".") < 2:
-            yield from fields(found[1], definitions, f"{prefix}{name}{found[0]}")
+        nested = inner(field, definitions)
+        if nested and prefix.count(".") < 2:
+            yield from fields(nested[1], definitions, f"{prefix}{name}{nested[0]}")
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -120,59 +120,71 @@ def model_table(model: type[BaseModel], first: str, *, upper: bool = False) -> s
 def workers_table(root: Path = ROOT) -> str:
     rows = []
     for name, row in sorted(bake_table(root).items()):
-        default = load_module(name, "schemas").Settings.model_fields["model_name"].default
+        default = find_model(load_module(name, "schemas"), "Settings").model_fields["model_name"].default
         model = f"`{default}`" if isinstance(default, str) else "set `MODEL_NAME`"
         rows.append([f"[{name}](workers/{name}/README.md)", row["about"], model])
     return markdown(["Worker", "What it does", "Default model"], rows)
 
 
+def find_model(module: ModuleType, name: str) -> type[BaseModel]:
+    """The model `name` of a worker's schemas. Raises SystemExit that names those that there are."""
+    models = {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, BaseModel) and value.model_fields
+    }
+    if name not in models:
+        file = module.__name__.replace(".", "/") + ".py"
+        there = ", ".join(sorted(models.keys() - {"WorkerSettings"})) or "none"
+        raise SystemExit(f"{file} has no model {name}. Its models: {there}.")
+    return models[name]
+
+
 def render(text: str, module: ModuleType | None, root: Path = ROOT) -> str:
     """`text` with everything between markers replaced by what the code says now.
 
-    Raises SystemExit when a marker names a model that the worker's schemas do not have.
+    module: the worker's schemas; None for the root's README, which has only the table of workers.
+    Raises SystemExit when a marker names a model that the schemas do not have.
     """
 
     def table(match: re.Match[str]) -> str:
         opening, what, name, closing = match.groups()
         if what == "workers":
-            body = workers_table(root)
-        elif what == "settings":
-            body = model_table(module.Settings, "Variable", upper=True)  # type: ignore[union-attr]
-        else:
-            model = getattr(module, name, None)
-            if model is None:
-                raise SystemExit(
-                    f"<!-- fields {name} -->: {module.__name__ if module else 'no module'} has no such model."
-                )
-            body = model_table(model, "Field")
-        return opening + body + closing
+            return opening + workers_table(root) + closing
+        assert module is not None, f"{opening.strip()} belongs into the README of a worker"
+        if what == "settings":
+            return opening + model_table(find_model(module, "Settings"), "Variable", upper=True) + closing
+        return opening + model_table(find_model(module, name), "Field") + closing
 
     return MARKED.sub(table, text)
 
 
 def stale(root: Path = ROOT, *, write: bool = False) -> list[str]:
-    """The READMEs whose tables are not what the code says; with `write`, mended."""
+    """The READMEs whose tables are not what the code says; with `write`, they are written."""
     pages: list[tuple[Path, ModuleType | None]] = [(root / "README.md", None)]
     for name in worker_names(root):
         if (page := root / "workers" / name / "README.md").exists():
             pages.append((page, load_module(name, "schemas")))
-    found = []
+    pages_stale = []
     for page, module in pages:
         text = page.read_text()
-        new = render(text, module, root)
+        try:
+            new = render(text, module, root)
+        except SystemExit as error:
+            raise SystemExit(f"{page.relative_to(root)}: a table cannot be written: {error}") from None
         if new != text:
-            found.append(str(page.relative_to(root)))
+            pages_stale.append(str(page.relative_to(root)))
             if write:
                 page.write_text(new)
-    return found
+    return pages_stale
 
 
 def main() -> None:
     check = "--check" in sys.argv[1:]
-    found = stale(write=not check)
-    for page in found:
+    pages = stale(write=not check)
+    for page in pages:
         print(f"{page}: {'not what the code says; run make docs' if check else 'written'}")
-    sys.exit(bool(check and found))
+    sys.exit(bool(check and pages))
 
 
 if __name__ == "__main__":

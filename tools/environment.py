@@ -2,9 +2,10 @@
 
 .venv is for development. .venv-vllm has vLLM for a CPU, whose pins do not go together with the SDK's.
 
-Standard library only, since it runs before anything is installed. Prints a line a step, and one line that
-says what is missing when a step cannot be done. Does nothing when the environment already holds exactly
-what the lock says.
+The locked packages are installed by uv, torch and what belongs to its build by pip: some machines have torch
+where only pip is configured to look for it. Standard library only, since it runs before anything is
+installed. One line says what is missing when a step cannot be done. Does nothing when the environment
+already holds exactly what the lock says.
 """
 
 from __future__ import annotations
@@ -24,19 +25,17 @@ TORCH = ROOT / "workers" / "torch.in"
 XTTS = ROOT / "workers" / "xtts" / "requirements.in"
 VLLM = ROOT / "tools" / "vllm-cpu"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-NETWORK = ("No matching distribution", "Could not find a version", "Connection", "timed out", "Max retries")
-SECONDS_BETWEEN_LINES = 10.0
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(text, flush=True)
 
 
-def stop(text: str) -> None:
+def fail(text: str) -> None:
     raise SystemExit("Missing: " + text)
 
 
-def wanted(lock: Path = LOCK, torch: Path = TORCH) -> str:
+def fingerprint(lock: Path = LOCK, torch: Path = TORCH) -> str:
     """What the environment is made from, as one hash."""
     parts = [lock.read_bytes(), torch.read_bytes(), os.environ.get("TORCH_INDEX", "").encode()]
     parts.append(platform.python_version().encode())
@@ -59,8 +58,8 @@ def drop_what_does_not_load(python: Path) -> None:
     check = [str(python), "-c", "import torchaudio"]
     if subprocess.run(check, capture_output=True, check=False).returncode:
         code = "import importlib.util; print(importlib.util.find_spec('torchaudio').origin)"
-        found = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout
-        for library in Path(found.strip()).parent.glob("lib/*.so"):
+        origin = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout
+        for library in Path(origin.strip()).parent.glob("lib/*.so"):
             library.unlink()
         subprocess.run(check, check=True)
 
@@ -81,101 +80,91 @@ def no_vllm() -> str | None:
 
 def check_python() -> None:
     if sys.version_info < (3, 11):  # noqa: UP036 (this file runs on whatever Python is found)
-        stop(f"Python 3.11 or newer; this is {platform.python_version()}. Name one: make PYTHON=python3.12")
+        fail(f"Python 3.11 or newer; this is {platform.python_version()}. Name one: make PYTHON=python3.12")
     try:
         import ensurepip  # noqa: F401 (Debian ships venv without it)
         import venv  # noqa: F401
     except ImportError:
         major, minor = sys.version_info[:2]
-        stop(f"Python's venv module; on Debian and Ubuntu: apt-get install python{major}.{minor}-venv")
+        fail(f"Python's venv module; on Debian and Ubuntu: apt-get install python{major}.{minor}-venv")
 
 
-def install(python: Path, title: str, *arguments: str, total: int = 0, must: bool = True) -> bool:
-    """One run of pip, shown as a line now and then instead of pip's own hundreds. Whether it went well."""
-    started = shown = time.monotonic()
-    say(title)
-    command = [str(python), "-m", "pip", "install", "--progress-bar", "off", "--disable-pip-version-check"]
-    errors: list[str] = []
-    fetched = 0
-    with subprocess.Popen(
-        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as pip:
-        for line in pip.stdout or ():
-            fetched += line.startswith(("Collecting ", "Processing ", "Ignoring "))
-            if line.startswith("Installing collected packages"):
-                say("  all fetched, installing")
-            elif total and fetched < total and time.monotonic() - shown > SECONDS_BETWEEN_LINES:
-                shown = time.monotonic()
-                say(f"  {fetched} of {total} fetched")
-            if line.startswith("ERROR") or (errors and line.startswith(" ")):
-                errors.append(line.rstrip())
-    if pip.returncode and not must:
+def install(title: str, *command: str | Path, text: str | None = None, must: bool = True) -> bool:
+    """Run one step; uv and pip show their own progress. text: standard input. True when it succeeded."""
+    started = time.monotonic()
+    log(title)
+    if subprocess.run(command, input=text, text=True, check=False).returncode:
+        if must:
+            fail(
+                "a package index that answers and has the package above; is the network up? Mirrors are named"
+                " to uv by UV_DEFAULT_INDEX, to pip by PIP_INDEX_URL."
+            )
         return False
-    if pip.returncode:
-        say("\n".join(errors[-12:]))
-        if any(word in line for word in NETWORK for line in errors):
-            stop("a package index that answers and has the package above; is the network up?")
-        raise SystemExit("pip could not install the above.")
-    say(f"  done in {time.monotonic() - started:.0f} s")
+    log(f"  done in {time.monotonic() - started:.0f} s")
     return True
 
 
-def make(folder: Path, lock: Path, torch: Path, *, steps: int = 2) -> Path | None:
+def pip(python: Path) -> tuple[str | Path, ...]:
+    # Conflicts: the locks leave out what belongs to another build of torch, and pip would report that.
+    return python, "-m", "pip", "install", "--disable-pip-version-check", "--no-warn-conflicts"
+
+
+def make(folder: Path, lock: Path, torch: Path, *, steps: int) -> Path | None:
     """A new environment with what `lock` says, without torch: its Python, None if it is there already."""
-    stamp = folder / ".made"
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if stamp.exists() and stamp.read_text() == wanted(lock, torch) and python.exists():
+    stamp, python = folder / ".made", folder / "bin" / "python"
+    if stamp.exists() and stamp.read_text() == fingerprint(lock, torch) and python.exists():
         stamp.touch()
         return None
     stamp.unlink(missing_ok=True)
-    say(f"Making {folder.name}/ with Python {platform.python_version()}: once, some minutes.")
+    log(f"Making {folder.name}/ with Python {platform.python_version()}: once, some minutes.")
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-    total = len(re.findall(r"^\S+==", lock.read_text(), re.MULTILINE))
+    uv = re.search(r"^uv==.*?(?=^\w)", LOCK.read_text(), re.MULTILINE | re.DOTALL)
+    assert uv is not None, f"{LOCK.name} has no uv"
+    hashed = ("--require-hashes", "--no-deps", "--requirement")
+    install(f"1/{steps} uv", *pip(python), *hashed, "/dev/stdin", text=uv[0])
     install(
-        python,
-        f"1/{steps} {total} packages of {lock.relative_to(ROOT)}, checked against their hashes",
-        *("--require-hashes", "--no-deps", "--requirement", str(lock)),
-        total=total,
+        f"2/{steps} the packages of {lock.relative_to(ROOT)}, checked against their hashes",
+        *(folder / "bin" / "uv", "pip", "install", "--python", python, *hashed, lock),
     )
     return python
 
 
 def make_development(folder: Path) -> None:
-    python = make(folder, LOCK, TORCH, steps=3)
+    python = make(folder, LOCK, TORCH, steps=4)
     if python is None:
         return
     index = os.environ.get("TORCH_INDEX", "")
     size = f"several GB with CUDA; TORCH_INDEX={CPU_INDEX} is smaller"
     install(
-        python,
-        "2/3 torch" + (f" ({size})" if sys.platform == "linux" and not index else ""),
+        "3/4 torch" + (f" ({size})" if sys.platform == "linux" and not index else ""),
+        *pip(python),
         *(("--index-url", index) if index else ()),
-        *("--requirement", str(TORCH)),
+        *("--requirement", TORCH),
     )
     # The index of torch comes on top: it has other builds of these, and not always all of them.
     install(
-        python,
-        f"3/3 {' and '.join(audio())}, for the xtts worker",
+        f"4/4 {' and '.join(audio())}, for the xtts worker",
+        *pip(python),
         *(("--extra-index-url", index) if index else ()),
         *("--no-deps", *audio()),
     )
     drop_what_does_not_load(python)
-    (folder / ".made").write_text(wanted())
+    (folder / ".made").write_text(fingerprint())
 
 
 def make_vllm(folder: Path) -> None:
     if reason := no_vllm():
-        say(f"{folder.name}: {reason}; the tests that need it say so and are skipped.")
+        log(f"{folder.name}: {reason}; the tests that need it are skipped.")
         return
     lock, torch = VLLM / "requirements.txt", VLLM / "torch.in"
-    python = make(folder, lock, torch)
+    python = make(folder, lock, torch, steps=3)
     if python is None:
         return
-    wish, index = ("--requirement", str(torch)), os.environ.get("TORCH_INDEX", "")
+    command, index = (*pip(python), "--requirement", torch), os.environ.get("TORCH_INDEX", "")
     first = ("--index-url", index) if index else ()
-    if not install(python, "2/2 torch for the CPU", *first, *wish, must=False):
-        install(python, f"2/2 torch for the CPU, from {CPU_INDEX}", "--index-url", CPU_INDEX, *wish)
-    (folder / ".made").write_text(wanted(lock, torch))
+    if not install("3/3 torch for the CPU", *command, *first, must=False):
+        install(f"3/3 torch for the CPU, from {CPU_INDEX}", *command, "--index-url", CPU_INDEX)
+    (folder / ".made").write_text(fingerprint(lock, torch))
 
 
 def main(folder: Path) -> None:

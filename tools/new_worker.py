@@ -1,7 +1,8 @@
 """Scaffolds a worker: `make new-worker NAME=my-model`.
 
-Copies tools/template/ to workers/<name>/ and its test to tests/workers/, adds the line of docker-bake.hcl,
-and fills the tables. What comes out is a small worker whose tests pass, to be replaced from top to bottom.
+Copies tools/template/ to workers/<name>/ and its test to tests/workers/<name>/, adds the line of
+docker-bake.hcl, and fills the tables. What comes out is a small worker whose tests pass, to be replaced from
+top to bottom.
 Needs no network and no docker.
 """
 
@@ -33,7 +34,7 @@ def make(name: str, root: Path = ROOT) -> list[Path]:
     test = Path("tests", "workers", name, "test_handler.py")
     written = []
     for source in sorted(path for path in template.iterdir() if path.is_file()):
-        target = test if source.name == "test_worker.py" else Path("workers", name, source.name)
+        target = test if source.name == test.name else Path("workers", name, source.name)
         (root / target).parent.mkdir(parents=True, exist_ok=True)
         (root / target).write_text(source.read_text().replace(PLACEHOLDER, name))
         written.append(target)
@@ -45,8 +46,7 @@ def make(name: str, root: Path = ROOT) -> list[Path]:
 def main() -> None:
     for path in make(" ".join(sys.argv[1:])):
         print(path)
-    print("Next: make test-fast, write handler.py, say in docker-bake.hcl what it does.")
-    print("After a change of requirements.in: make lock. After one of a field: make docs.")
+    print("Next: make test-fast, then what CONTRIBUTING.md says under `A new worker`.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """`make run-<worker>` and `make serve-<worker>`: `python -m local`, with a model that is at hand.
 
-That model is the one of tools/models.py, which needs no hub, account or GPU; MODEL_NAME in the environment
+That model is the one of tools/models, which needs no hub, account or GPU; MODEL_NAME in the environment
 takes another. With IMAGE set, the worker's image runs in the place of its handler's file.
 """
 
@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from local.__main__ import main
-from tools import vllm_cpu
 from tools.images import image
-from tools.models import NOTES, engine_env, local_env
+from tools.models import NOTES, engine_env, local_env, vllm_cpu
 from tools.workers import load_module
 
 

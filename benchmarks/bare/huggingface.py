@@ -2,7 +2,7 @@
 {"even": [prompt, ...], "mixed": [[prompt, tokens], ...], "gap": seconds}.
 
 Prints the seconds of the first prompt through `generate` (the median of three). Then, for the engine of
-serving.continuous_batching and for transformers' continuous batching with both of its attentions that a CPU has: the
+serving.continuous_batching and for transformers' continuous batching with both attentions of a CPU: the
 seconds of the first prompt (the median of three), those of all of `even` at once, the latencies of `mixed`,
 which come `gap` seconds apart, and how many answers to `even` are not generate's. One after another, in one
 process.

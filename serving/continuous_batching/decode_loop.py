@@ -79,6 +79,9 @@ class DecodeLoop(ABC, Generic[AnySequence]):
     def shrink(self, batch: DecodeBatch[AnySequence], newcomer: AnySequence | None) -> None:
         """Lower the limits: memory ran out in a step of `batch`, or in a prefill of `newcomer` beside it."""
 
+    def stopped(self) -> None:
+        """Called when the loop has ended."""
+
     # -- for the event loop
 
     def start(self) -> None:
@@ -125,6 +128,7 @@ class DecodeLoop(ABC, Generic[AnySequence]):
         for sequence in sequences:
             if not sequence.finished:
                 sequence.fail(end)
+        self.stopped()
 
     def _receive(self) -> bool:
         """Read what was submitted, and wait for it where there is nothing to decode. False after `close`."""

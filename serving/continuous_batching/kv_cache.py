@@ -53,12 +53,12 @@ class DecodeBatch(Generic[AnySequence]):
             padded = [pad(part, (*later_dims, cached - part.shape[dim], 0)) for part in (ours, theirs)]
             return torch.cat(padded)
 
-        self.sequences += other.sequences
         self.token_ids = torch.cat([self.token_ids, other.token_ids])  # (batch + other, 1)
         self.attention_mask = concatenate(self.attention_mask, other.attention_mask, 1)
         for ours, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
             keys = concatenate(ours.keys, theirs.keys, 2)  # (batch + other, heads, cached, head_dim)
             ours.replace(keys, concatenate(ours.values, theirs.values, 2))
+        self.sequences += other.sequences  # last: where memory runs out before, none of `other` has joined
 
 
 class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]

@@ -1,6 +1,6 @@
 """docker-bake.hcl as buildx resolves it.
 
-Skipped where there is no docker; tests/house/test_house.py still holds its table of workers to the folders.
+Skipped where there is no docker; tests/house/test_folders.py still holds its table of workers to the folders.
 """
 
 from __future__ import annotations

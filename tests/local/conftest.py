@@ -1,5 +1,4 @@
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +6,7 @@ import pytest
 import requests
 
 from local import Platform, Rules, running
+from tests.helpers import wait_until
 
 HANDLERS = Path(__file__).parent / "handlers"
 # RunPod's own bounds for the deadlines are too long for a test.
@@ -31,7 +31,7 @@ class Client:
 
     def __call__(self, method: str, path: str, body: Any = None, **options: Any) -> requests.Response:
         url = f"{self.platform.endpoint_url}/{path}"
-        return self.session.request(method, url, json=body, timeout=60, **options)
+        return self.session.request(method, url, json=body, **{"timeout": 60, **options})
 
     def get(self, path: str) -> Any:
         return self("GET", path).json()
@@ -49,23 +49,20 @@ class Client:
     def wait(self, name: str, *states: str, seconds: float = 120) -> Any:
         """The job once it is in one of `states`, or at its end."""
         final = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
-        job: Any = None
+        jobs: list[Any] = []
 
         def there() -> bool:
-            nonlocal job
-            job = self.get(f"status/{name}")
-            return job["status"] in (states or final)
+            jobs.append(self.get(f"status/{name}"))
+            return jobs[-1]["status"] in (states or final)
 
-        until(there, seconds)
-        return job
+        wait_until(there, seconds)
+        return jobs[-1]
 
 
-def until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    """Wait for `condition`; fails after `seconds`, which leave room for a busy machine."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.05)
+def workers_health(**counts: int) -> dict[str, int]:
+    """The `workers` of /health with these counts, else zero."""
+    states = ("idle", "initializing", "ready", "running", "throttled", "unhealthy")
+    return dict.fromkeys(states, 0) | counts
 
 
 @pytest.fixture(scope="module")

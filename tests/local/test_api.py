@@ -11,10 +11,11 @@ import aiohttp
 import pytest
 import requests
 import runpod
-from tests.local.conftest import RULES, Client, until
 from runpod import AsyncioEndpoint, AsyncioJob, Endpoint
 
 from local import Platform
+from tests.helpers import wait_until
+from tests.local.conftest import RULES, Client, workers_health
 
 pytestmark = pytest.mark.engine
 
@@ -33,14 +34,7 @@ def test_the_official_client(endpoint: Endpoint) -> None:
     assert endpoint.run_sync({"n": 2}, timeout=20)["echo"] == {"n": 2}
     assert endpoint.purge_queue() == {"removed": 0, "status": "completed"}
     health = endpoint.health()
-    assert health["workers"] == {
-        "idle": 1,
-        "initializing": 0,
-        "ready": 1,
-        "running": 0,
-        "throttled": 0,
-        "unhealthy": 0,
-    }
+    assert health["workers"] == workers_health(idle=1, ready=1)
     assert set(health["jobs"]) == {"completed", "failed", "inProgress", "inQueue", "retried"}
 
 
@@ -85,24 +79,24 @@ async def test_the_key_can_be_waived() -> None:
 
 def test_cancel_in_progress_reaches_the_handler(echo: Client, endpoint: Endpoint, notes: Path) -> None:
     job = endpoint.run({"sleep": 60})
-    until(lambda: job.status() == "IN_PROGRESS")
-    until(lambda: f"start {job.job_id}" in notes.read_text())
+    wait_until(lambda: job.status() == "IN_PROGRESS")
+    wait_until(lambda: f"start {job.job_id}" in notes.read_text())
     assert job.cancel() == {"id": job.job_id, "status": "CANCELLED"}
-    until(lambda: f"cancelled {job.job_id}" in notes.read_text())
+    wait_until(lambda: f"cancelled {job.job_id}" in notes.read_text())
     assert echo.get(f"status/{job.job_id}")["status"] == "CANCELLED"
     assert echo.get("health")["jobs"]["inProgress"] == 0
 
 
 def test_a_cancel_that_comes_before_the_sdk_has_started_the_job(echo: Client, notes: Path) -> None:
     name = echo.run(sleep=60)
-    until(lambda: echo.get(f"status/{name}")["status"] == "IN_PROGRESS")
+    wait_until(lambda: echo.get(f"status/{name}")["status"] == "IN_PROGRESS")
     echo.post(f"cancel/{name}")
-    until(lambda: f"cancelled {name}" in notes.read_text())
+    wait_until(lambda: f"cancelled {name}" in notes.read_text())
 
 
 def test_cancel_in_the_queue_and_purge(echo: Client, notes: Path) -> None:
     busy = [echo.run(sleep=60) for _ in range(16)]
-    until(lambda: echo.get("health")["jobs"]["inProgress"] == 16)
+    wait_until(lambda: echo.get("health")["jobs"]["inProgress"] == 16)
     waiting = [echo.run(n=n) for n in range(4)]
     assert echo.post(f"cancel/{waiting[0]}")["status"] == "CANCELLED"
     assert echo.post("purge-queue") == {"removed": 3, "status": "completed"}
@@ -117,11 +111,11 @@ def test_execution_timeout(echo: Client, notes: Path) -> None:
     job = echo.post("runsync", {"input": {"sleep": 60}, "policy": {"executionTimeout": 2000}})
     assert (job["status"], job["error"]) == ("TIMED_OUT", "executionTimeout exceeded")
     assert job["executionTime"] >= 2000
-    until(lambda: f"cancelled {job['id']}" in notes.read_text())
+    wait_until(lambda: f"cancelled {job['id']}" in notes.read_text())
     again = echo.post(f"retry/{job['id']}")
     assert again == {"id": job["id"], "status": "IN_QUEUE"}
     assert echo.wait(job["id"])["status"] == "TIMED_OUT"
-    until(lambda: notes.read_text().count(f"start {job['id']}") == 2)
+    wait_until(lambda: notes.read_text().count(f"start {job['id']}") == 2)
 
 
 def test_ttl_ends_a_job_without_a_trace(echo: Client, notes: Path) -> None:
@@ -129,7 +123,7 @@ def test_ttl_ends_a_job_without_a_trace(echo: Client, notes: Path) -> None:
     assert (job["status"], job["error"]) == ("TIMED_OUT", "ttl exceeded")
     answer = echo("GET", f"status/{job['id']}")
     assert (answer.status_code, answer.json()) == (404, {"error": "request does not exist"})
-    until(lambda: f"cancelled {job['id']}" in notes.read_text())
+    wait_until(lambda: f"cancelled {job['id']}" in notes.read_text())
 
 
 def test_runsync_answers_with_the_state_when_its_wait_is_over(echo: Client) -> None:
@@ -143,14 +137,9 @@ def test_runsync_answers_with_the_state_when_its_wait_is_over(echo: Client) -> N
 def test_a_client_that_hangs_up_leaves_its_job_running(echo: Client, notes: Path, tmp_path: Path) -> None:
     before = notes.read_text().count("end ")
     with pytest.raises(requests.Timeout):
-        requests.post(
-            f"{echo.platform.endpoint_url}/runsync",
-            json={"input": {"gate": str(tmp_path / "gate")}},
-            headers={"Authorization": "any"},
-            timeout=3,
-        )
+        echo("POST", "runsync", {"input": {"gate": str(tmp_path / "gate")}}, timeout=3)
     (tmp_path / "gate").touch()
-    until(lambda: notes.read_text().count("end ") == before + 1)
+    wait_until(lambda: notes.read_text().count("end ") == before + 1)
 
 
 @pytest.mark.parametrize(("path", "limit"), [("run", 10), ("runsync", 20)])
@@ -235,7 +224,7 @@ def test_the_webhook_is_called_until_it_answers_200(echo: Client) -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/hook"
         job = echo.post("runsync", {"input": {"n": 1}, "webhook": url})
-        until(lambda: len(calls) == 2)
+        wait_until(lambda: len(calls) == 2)
         time.sleep(3 * RULES.webhook_delay)
         server.shutdown()
     assert [json.loads(call) for call in calls] == [job, job]

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from local import Container, running
-from tests.local.conftest import HANDLERS, RULES, Client, until
+from tests.helpers import wait_until
+from tests.local.conftest import HANDLERS, RULES, Client
 
 pytestmark = pytest.mark.engine
 
@@ -26,7 +27,7 @@ exec env -i PATH="$PATH" PYTHONPATH={root} $(for name in $names; do eval "echo $
 """
 
 
-def test_a_container_is_run_told_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_container_is_run_drained_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log, notes, root = tmp_path / "log", tmp_path / "notes", HANDLERS.parents[2]
     (tmp_path / "docker").write_text(
         DOCKER.format(log=log, handlers=HANDLERS, python=sys.executable, root=root)
@@ -45,8 +46,9 @@ def test_a_container_is_run_told_and_removed(tmp_path: Path, monkeypatch: pytest
         assert "--env=NOTES" in run
         assert "--env=RUNPOD_WEBHOOK_GET_JOB" in run
         assert "LEFT_OUT" not in run
+        assert str(notes) not in run, "every user of the machine can read a command line"
         worker.kill()
-        until(lambda: platform.workers[0].id != worker.id and platform.workers[0].state == "idle")
+        wait_until(lambda: platform.workers[0].id != worker.id and platform.workers[0].state == "idle")
         assert client.runsync(value=6)["status"] == "COMPLETED"
         replacement = platform.workers[0]
     removed = [line.split()[-1] for line in log.read_text().splitlines() if line.startswith("rm")]

@@ -1,16 +1,19 @@
 """Streams and the OpenAI routes, spoken by the official clients."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
-import requests
 import runpod
-from tests.local.conftest import HANDLERS, RULES, Client, until
 
 from local import running
+from local.examples import openai_example
+from tests.helpers import wait_until
+from tests.local.conftest import HANDLERS, RULES, Client
 
 pytestmark = pytest.mark.engine
 
@@ -49,7 +52,7 @@ def test_a_chunk_of_a_stream_comes_when_it_is_there(tokens: Client, tmp_path: Pa
             gate.write_text("x" * len(arrived))
         return part["status"] == "COMPLETED" and not part["stream"]
 
-    until(read)
+    wait_until(read)
     assert arrived == ["token 0", "token 1", "token 2"]
 
 
@@ -90,6 +93,31 @@ def test_a_streamed_chat_arrives_as_it_is_made(client: openai.OpenAI, tmp_path: 
     assert arrived == ["naïve", "🙂", "漢字"]
 
 
+@pytest.mark.parametrize(
+    ("routes", "printed"),
+    [
+        (["/v1/models"], "tiny"),
+        (["/v1/models", "/v1/embeddings"], "[2, 2]"),
+        (
+            ["/v1/embeddings", "/v1/chat/completions"],
+            "Sayhellointhreelanguages.",
+        ),  # the handler splits at spaces
+        (["/v1/audio/transcriptions"], "{'text': 'transcribed abc'}"),
+        (["/v1/audio/speech"], "13"),
+    ],
+)
+def test_the_examples_that_serve_prints_work(
+    tokens: Client, tmp_path: Path, routes: list[str], printed: str
+) -> None:
+    test_input = tmp_path / "test_input.json"
+    test_input.write_text('{"input": {"audio": "abc"}}')
+    example = openai_example(routes, url=tokens.platform.openai_url, test_input=test_input)
+    assert example is not None
+    command = [sys.executable, "-c", example]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == printed
+
+
 def test_an_error_is_answered_with_200_and_its_object(tokens: Client, client: openai.OpenAI) -> None:
     body = {"model": "bad", "messages": [{"role": "user", "content": "x"}]}
     answer = tokens("POST", "openai/v1/chat/completions", body)
@@ -114,17 +142,11 @@ def test_bodies_that_are_no_json_are_refused(tokens: Client) -> None:
 
 def test_a_reader_that_hangs_up_stops_the_job(tokens: Client, notes: Path) -> None:
     body = {"model": "tiny", "stream": True, "user": "60", "messages": [{"role": "user", "content": "a b"}]}
-    with requests.post(
-        f"{tokens.platform.openai_url}/chat/completions",
-        json=body,
-        headers={"Authorization": "any"},
-        stream=True,
-        timeout=20,
-    ) as response:
+    with tokens("POST", "openai/v1/chat/completions", body, stream=True) as response:
         assert response.headers["Content-Type"].startswith("text/event-stream")
         lines = response.iter_lines()
         event = next(lines)
         assert json.loads(event.removeprefix(b"data: "))["choices"][0]["delta"]["content"] == "a"
         assert "cancelled" not in notes.read_text()
-    until(lambda: "cancelled" in notes.read_text())
-    until(lambda: tokens.get("health")["jobs"]["inProgress"] == 0)
+    wait_until(lambda: "cancelled" in notes.read_text())
+    wait_until(lambda: tokens.get("health")["jobs"]["inProgress"] == 0)

@@ -8,7 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from local.queue import Job, Queue, Refused, Rules, State
+from local.jobs import Job, Refused, Rules, State
+from local.queue import Queue
 
 INPUT = {"input": {"n": 1}}
 
@@ -32,11 +33,11 @@ def queue(clock: Clock) -> Queue:
 
 
 def take(queue: Queue, worker: str = "a", limit: int = 1) -> list[Job]:
-    """What the worker gets at once."""
+    """The jobs that the worker gets without waiting."""
     jobs: list[Job] = []
     deliver = jobs.extend
-    queue.ask(worker, limit, deliver)
-    queue.withdraw(worker, deliver)
+    queue.poll(worker, limit, deliver)
+    queue.cancel_poll(worker, deliver)
     return jobs
 
 
@@ -45,20 +46,15 @@ def test_a_job_goes_through_its_states_and_times(queue: Queue, clock: Clock) -> 
     assert job.describe() == {"id": job.id, "status": "IN_QUEUE"}
     clock.now += 1.5
     (taken,) = take(queue)
-    assert taken.work == {"id": job.id, "input": {"n": 1}, "s3Config": {"bucketName": "b"}}
+    assert taken.payload == {"id": job.id, "input": {"n": 1}, "s3Config": {"bucketName": "b"}}
     assert job.describe() == {"id": job.id, "status": "IN_PROGRESS", "delayTime": 1500, "workerId": "a"}
     queue.report("a", job.id, {"status": "IN_PROGRESS", "output": "half"})
     assert (job.describe()["status"], job.describe()["output"]) == ("IN_PROGRESS", "half")
     clock.now += 0.25
     queue.report("a", job.id, {"output": None})
-    assert job.describe() == {
-        "id": job.id,
-        "status": "COMPLETED",
-        "delayTime": 1500,
-        "executionTime": 250,
-        "workerId": "a",
-        "output": None,
-    }
+    times = {"delayTime": 1500, "executionTime": 250}
+    done = {"id": job.id, "status": "COMPLETED", "workerId": "a", "output": None}
+    assert job.describe() == done | times
     assert queue.health() == {"completed": 1, "failed": 0, "retried": 0, "inProgress": 0, "inQueue": 0}
 
 
@@ -85,18 +81,10 @@ def test_what_a_report_makes_of_a_job(
 @pytest.mark.parametrize(
     "body",
     [
-        None,
-        [],
-        {},
-        {"prompt": 1},
-        {"input": 1, "policy": [1]},
-        {"input": 1, "policy": {"ttl": 9999}},
-        {"input": 1, "policy": {"ttl": 7 * 86400 * 1000 + 1}},
-        {"input": 1, "policy": {"executionTimeout": 4999}},
-        {"input": 1, "policy": {"executionTimeout": "1h"}},
-        {"input": 1, "policy": {"executionTimeout": True}},
-        {"input": 1, "webhook": "file:///etc/passwd"},
-        {"input": 1, "webhook": 5},
+        *(None, [], {}, {"prompt": 1}),
+        *({"input": 1, "policy": policy} for policy in ([1], {"ttl": 9999}, {"ttl": 7 * 86400 * 1000 + 1})),
+        *({"input": 1, "policy": {"executionTimeout": timeout}} for timeout in (4999, "1h", True)),
+        *({"input": 1, "webhook": webhook} for webhook in ("file:///etc/passwd", 5)),
     ],
 )
 def test_wrong_bodies_are_refused(queue: Queue, body: object) -> None:
@@ -108,7 +96,7 @@ def test_wrong_bodies_are_refused(queue: Queue, body: object) -> None:
 
 def test_an_empty_input_is_left_out_as_on_runpod(queue: Queue) -> None:
     queue.submit({"input": {}}, sync=False)
-    assert "input" not in take(queue)[0].work
+    assert "input" not in take(queue)[0].payload
 
 
 @pytest.mark.parametrize("seconds", [0, 0.5, 1.5])
@@ -132,7 +120,7 @@ def test_ttl_removes_a_job_wherever_it_is(queue: Queue, clock: Clock) -> None:
     body = {**INPUT, "policy": {"ttl": 10_000}}
     runs, waits = queue.submit(body, sync=False), queue.submit(body, sync=False)
     take(queue)
-    queue.listen("a", stops.extend)
+    queue.poll_stops("a", stops.extend)
     clock.now += 9.9
     queue.ping("a", [runs.id])
     queue.expire()
@@ -142,7 +130,7 @@ def test_ttl_removes_a_job_wherever_it_is(queue: Queue, clock: Clock) -> None:
     assert (runs.state, waits.state) == (State.TIMED_OUT, State.TIMED_OUT)
     assert stops == [runs.id]
     with pytest.raises(Refused) as refused:
-        queue.find(runs.id)
+        queue.get(runs.id)
     assert refused.value.status == 404
     with pytest.raises(Refused):
         queue.report("a", runs.id, {"output": 1})
@@ -154,7 +142,7 @@ def test_execution_timeout_counts_the_run_only(queue: Queue, clock: Clock) -> No
     clock.now += 100
     queue.expire()
     take(queue)
-    queue.listen("a", stops.extend)
+    queue.poll_stops("a", stops.extend)
     clock.now += 4.9
     queue.expire()
     assert job.state is State.IN_PROGRESS
@@ -173,13 +161,13 @@ def test_retention(queue: Queue, clock: Clock, sync: bool, kept: int) -> None:
     queue.report("a", job.id, {"output": 1})
     clock.now += kept - 1
     queue.expire()
-    assert queue.find(job.id) is job
+    assert queue.get(job.id) is job
     clock.now += 1
     queue.expire()
     assert job.id not in queue.jobs
 
 
-def test_a_job_that_no_ping_names_is_lost_once_then_fails(queue: Queue, clock: Clock) -> None:
+def test_an_expired_lease_requeues_a_job_once_then_fails_it(queue: Queue, clock: Clock) -> None:
     job, kept = queue.submit(INPUT, sync=False), queue.submit(INPUT, sync=False)
     take(queue, limit=2)
     for _ in range(5):
@@ -190,7 +178,7 @@ def test_a_job_that_no_ping_names_is_lost_once_then_fails(queue: Queue, clock: C
     with pytest.raises(Refused):
         queue.report("a", job.id, {"output": "late"})
     assert take(queue, "b") == [job]
-    queue.leave("b")
+    queue.drop_worker("b")
     assert job.state is State.FAILED
     assert job.describe()["error"] == "job timed out after 1 retries"
     assert queue.health()["retried"] == 1
@@ -199,7 +187,7 @@ def test_a_job_that_no_ping_names_is_lost_once_then_fails(queue: Queue, clock: C
 def test_a_dead_workers_ping_and_result_count_for_nothing(queue: Queue, clock: Clock) -> None:
     job = queue.submit(INPUT, sync=False)
     take(queue)
-    queue.leave("a")
+    queue.drop_worker("a")
     assert take(queue, "b") == [job]
     clock.now += 39
     queue.ping("a", [job.id])
@@ -213,7 +201,7 @@ def test_retry_runs_a_failed_job_again_under_its_id(queue: Queue) -> None:
     with pytest.raises(Refused):
         queue.retry(job)
     take(queue)
-    queue.stream("a", job.id, "piece")
+    queue.stream("a", job.id, "part")
     queue.report("a", job.id, {"error": "no"})
     queue.retry(job)
     assert job.describe() == {"id": job.id, "status": "IN_QUEUE"}
@@ -223,7 +211,7 @@ def test_retry_runs_a_failed_job_again_under_its_id(queue: Queue) -> None:
     assert job.result == {"output": 2}
 
 
-def test_a_retried_job_has_its_whole_ttl_again(queue: Queue, clock: Clock) -> None:
+def test_retry_starts_the_ttl_anew(queue: Queue, clock: Clock) -> None:
     job = queue.submit({**INPUT, "policy": {"ttl": 20_000}}, sync=False)
     take(queue)
     queue.report("a", job.id, {"error": "no"})
@@ -237,27 +225,27 @@ def test_a_retried_job_has_its_whole_ttl_again(queue: Queue, clock: Clock) -> No
     assert job.state == "TIMED_OUT"
 
 
-def test_purge_takes_only_what_waits(queue: Queue) -> None:
+def test_purge_cancels_queued_jobs_only(queue: Queue) -> None:
     jobs = [queue.submit(INPUT, sync=False) for _ in range(3)]
     take(queue)
     assert queue.purge() == 2
     assert [job.state for job in jobs] == ["IN_PROGRESS", "CANCELLED", "CANCELLED"]
 
 
-def test_a_lost_job_goes_to_the_head_of_the_queue(queue: Queue) -> None:
+def test_a_job_without_its_worker_returns_to_the_head_of_the_queue(queue: Queue) -> None:
     first, second = queue.submit(INPUT, sync=False), queue.submit(INPUT, sync=False)
     take(queue, "a")
-    queue.leave("a")
+    queue.drop_worker("a")
     assert take(queue, "b") == [first]
     assert take(queue, "b") == [second]
 
 
-def test_waiting_workers_are_served_by_load_then_by_patience(queue: Queue) -> None:
+def test_polling_workers_get_jobs_by_fewest_leases_then_by_time(queue: Queue) -> None:
     got: dict[str, list[Job]] = {"a": [], "b": [], "c": []}
     queue.submit(INPUT, sync=False)
-    queue.ask("a", 4, got["a"].extend)
+    queue.poll("a", 4, got["a"].extend)
     for worker in ("a", "b", "c"):
-        queue.ask(worker, 4, got[worker].extend)
+        queue.poll(worker, 4, got[worker].extend)
     for worker in ("b", "c", "a"):
         before = len(got[worker])
         queue.submit(INPUT, sync=False)
@@ -266,51 +254,51 @@ def test_waiting_workers_are_served_by_load_then_by_patience(queue: Queue) -> No
 
 def test_no_worker_takes_more_than_its_share(queue: Queue) -> None:
     for worker in ("a", "b", "c"):
-        queue.ask(worker, 1, lambda jobs: None)
-        queue.dismiss(worker)
+        queue.poll(worker, 1, lambda jobs: None)
+        queue.end_polls(worker)
     for _ in range(30):
         queue.submit(INPUT, sync=False)
     assert len(take(queue, "a", 100)) == 10
-    queue.leave("b")
-    queue.leave("c")
+    queue.drop_worker("b")
+    queue.drop_worker("c")
     assert len(take(queue, "a", 100)) == 20
 
 
-def test_stop_signals_wait_for_the_worker_to_listen(queue: Queue) -> None:
+def test_stop_signals_wait_for_the_poll(queue: Queue) -> None:
     stops: list[str] = []
     jobs = [queue.submit(INPUT, sync=False) for _ in range(2)]
     take(queue, limit=2)
     for job in jobs:
         queue.cancel(job)
-    queue.listen("a", stops.extend)
+    queue.poll_stops("a", stops.extend)
     assert stops == [job.id for job in jobs]
     again = queue.submit(INPUT, sync=False)
     take(queue)
-    queue.listen("a", stops.extend)
+    queue.poll_stops("a", stops.extend)
     queue.cancel(again)
     assert stops[-1] == again.id
     queue.cancel(again)
     assert len(stops) == 3
 
 
-def test_a_ping_that_names_a_job_it_should_not_run_stops_it_again(queue: Queue) -> None:
+def test_a_ping_without_a_lease_stops_the_job_again(queue: Queue) -> None:
     stops: list[str] = []
     cancelled, lost, done, runs = (queue.submit(INPUT, sync=False) for _ in range(4))
     take(queue, limit=4)
     queue.cancel(cancelled)
-    queue.give_back([lost])
+    queue.requeue([lost])
     queue.report("a", done.id, {"output": 1})
-    queue.listen("a", lambda names: None)
+    queue.poll_stops("a", lambda names: None)
     queue.ping("a", [cancelled.id, lost.id, done.id, runs.id, "unknown"])
-    queue.listen("a", stops.extend)
+    queue.poll_stops("a", stops.extend)
     assert stops == [cancelled.id, lost.id, "unknown"]
 
 
-def test_dismissed_workers_get_an_empty_answer(queue: Queue) -> None:
+def test_ended_polls_get_an_empty_answer(queue: Queue) -> None:
     answers: list[object] = []
-    queue.ask("a", 1, answers.append)
-    queue.listen("a", answers.append)
-    queue.dismiss("a")
+    queue.poll("a", 1, answers.append)
+    queue.poll_stops("a", answers.append)
+    queue.end_polls("a")
     assert answers == [[], []]
     queue.submit(INPUT, sync=False)
     assert len(answers) == 2
@@ -325,9 +313,9 @@ def test_large_chunks_are_split_between_characters(clock: Clock, chunk: object) 
     take(queue)
     queue.stream("a", job.id, chunk)
     assert len(job.chunks) > 2
-    assert all(len(piece.encode()) <= 16 for piece in job.chunks)
-    whole = "".join(job.chunks)
-    assert (whole if isinstance(chunk, str) else json.loads(whole)) == chunk
+    assert all(len(part.encode()) <= 16 for part in job.chunks)
+    joined = "".join(job.chunks)
+    assert (joined if isinstance(chunk, str) else json.loads(joined)) == chunk
     queue.stream("a", job.id, {"a": 1})
     assert job.chunks[-1] == {"a": 1}
 
@@ -336,7 +324,7 @@ WORKERS = st.sampled_from(["a", "b", "c"])
 
 
 class QueueMachine(RuleBasedStateMachine):
-    """Any order of events: no job is in two hands, none is forgotten, none is answered twice."""
+    """Any order of events: no job has two leases, none is lost, none is answered twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -344,7 +332,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.ends: Counter[str] = Counter()
         self.retried: Counter[str] = Counter()
         self.given: Counter[str] = Counter()
-        self.hands: dict[str, set[str]] = {worker: set() for worker in ("a", "b", "c")}
+        self.leases: dict[str, set[str]] = {worker: set() for worker in ("a", "b", "c")}
         self.all: dict[str, Job] = {}
         self.queue = Queue(Rules(), clock=self.clock, on_end=lambda job: self.ends.update([job.id]))
 
@@ -359,24 +347,24 @@ class QueueMachine(RuleBasedStateMachine):
         self.all[job.id] = job
 
     @rule(worker=WORKERS, limit=st.integers(1, 3))
-    def ask(self, worker: str, limit: int) -> None:
+    def poll(self, worker: str, limit: int) -> None:
         def deliver(jobs: list[Job]) -> None:
             assert len(jobs) <= limit
             for job in jobs:
                 self.given.update([job.id])
-                self.hands[worker].add(job.id)
+                self.leases[worker].add(job.id)
 
-        self.queue.ask(worker, limit, deliver)
+        self.queue.poll(worker, limit, deliver)
 
-    @precondition(lambda self: any(self.hands.values()))
+    @precondition(lambda self: any(self.leases.values()))
     @rule(data=st.data(), failed=st.booleans())
     def report(self, data: st.DataObject, failed: bool) -> None:
-        worker = data.draw(st.sampled_from([worker for worker, hand in self.hands.items() if hand]))
-        name = data.draw(st.sampled_from(sorted(self.hands[worker])))
+        worker = data.draw(st.sampled_from([worker for worker, leased in self.leases.items() if leased]))
+        name = data.draw(st.sampled_from(sorted(self.leases[worker])))
         self.queue.report(worker, name, {"error": "no"} if failed else {"output": worker})
 
     @rule(worker=WORKERS, data=st.data())
-    def report_what_is_not_held(self, worker: str, data: st.DataObject) -> None:
+    def report_without_a_lease(self, worker: str, data: st.DataObject) -> None:
         job = self.pick(data, State.IN_QUEUE, State.IN_PROGRESS)
         if job is not None and job.worker != worker:
             with pytest.raises(Refused):
@@ -384,11 +372,11 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(worker=WORKERS)
     def die(self, worker: str) -> None:
-        self.queue.leave(worker)
+        self.queue.drop_worker(worker)
 
     @rule(worker=WORKERS)
     def ping(self, worker: str) -> None:
-        self.queue.ping(worker, self.hands[worker])
+        self.queue.ping(worker, self.leases[worker])
 
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
@@ -411,14 +399,14 @@ class QueueMachine(RuleBasedStateMachine):
         self.queue.expire()
 
     @invariant()
-    def every_job_is_in_one_place(self) -> None:
-        for worker, hand in self.hands.items():
-            hand.intersection_update(
+    def every_job_has_one_lease_at_most(self) -> None:
+        for worker, leased in self.leases.items():
+            leased.intersection_update(
                 name
                 for name, job in self.queue.jobs.items()
                 if job.state is State.IN_PROGRESS and job.worker == worker
             )
-            assert self.queue.held(worker) == len(hand)
+            assert self.queue.leased(worker) == len(leased)
         states = Counter(job.state for job in self.queue.jobs.values())
         health = self.queue.health()
         assert health["inQueue"] == states[State.IN_QUEUE]
@@ -433,7 +421,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @invariant()
     def no_job_waits_beside_an_idle_worker(self) -> None:
-        assert not (self.queue.health()["inQueue"] and self.queue._asking)
+        assert not (self.queue.health()["inQueue"] and self.queue._polls)
 
     @invariant()
     def deadlines_hold(self) -> None:

@@ -1,268 +1,50 @@
-"""The boundary: whatever comes in or out, the SDK gets plain JSON or one clear error string."""
+"""A job through its handler: the complete and the streamed form, errors, and when a worker is replaced."""
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from pydantic import BaseModel, Field
 
-from shared import jobs
-from shared.errors import JobError
-from shared.jobs import Request, current_job, job_handler, start_config
+from shared.errors import ENGINE_DIED, JobError, engine_died
+from shared.jobs import Job, JobHandler, Request, job_handler, start_config
 from shared.logs import job_id
 from shared.settings import WorkerSettings
-
-
-class Part(Request):
-    size: int
+from tests.helpers import error, error_of, send, sse_events, stream, until
 
 
 class Ask(Request):
-    text: str
-    count: int = Field(1, ge=1, le=9)
-    parts: list[str] = Field(default=[])
-    part: Part | None = None
+    text: str = ""
+    stream: bool | None = None
 
 
-class Routed(BaseModel):
-    input: str
+class Plain(Request):
+    """A model without the field `stream`."""
+
+    number: int
 
 
-class Answer(BaseModel):
-    value: Any
+class Settings(WorkerSettings):
+    model_name: str = "m"
+    streaming: bool = True
 
 
-@job_handler(Ask, routes={"/v1/echo": Routed})
-async def echo(request: Ask | Routed) -> Answer:
-    return Answer(value=[type(request).__name__, job_id.get(), current_job.get()["id"]])
+def answering(*parts: Any) -> JobHandler:
+    """A handler with both forms, which return or yield `parts`; an exception among them is raised."""
 
+    @job_handler(Ask, Plain, routes={"/v1/ask": Ask})
+    async def handler(request: Ask | Plain, job: Job) -> Any:
+        if isinstance(parts[0], Exception):
+            raise parts[0]
+        return parts[0]
 
-def returning(value: Any) -> Any:
-    @job_handler(Ask)
-    async def handler(request: Ask) -> Any:
-        if isinstance(value, Exception):
-            raise value
-        return value
-
-    return handler
-
-
-@pytest.mark.parametrize("stream", [None, False, True])
-def test_a_stream_is_refused_where_the_handler_is_no_generator(stream: bool | None) -> None:
-    class Streamed(Request):
-        stream: bool | None = None
-
-    jobs.refuse_stream(Ask(text="a"))
-    if not stream:
-        return jobs.refuse_stream(Streamed(stream=stream))
-    with pytest.raises(JobError, match="STREAMING=false") as caught:
-        jobs.refuse_stream(Streamed(stream=stream))
-    assert (caught.value.param, caught.value.code) == ("stream", "unsupported")
-
-
-JOB = {"id": "job-1", "input": {"text": "a"}}
-
-
-async def error_of(handler: Any, job: dict[str, Any] = JOB) -> dict[str, Any]:
-    result = await handler(job)
-    assert isinstance(result["error"], str), "the SDK loses an error that is not a string"
-    error: dict[str, Any] = json.loads(result["error"])
-    assert set(error) == {"type", "message", "param", "code"}
-    assert "Traceback" not in error["message"]
-    return error
-
-
-@pytest.fixture(autouse=True)
-def fresh_memory_watch() -> Iterator[None]:
-    yield
-    jobs._memory.failures = 0
-    start_config(echo, WorkerSettings(model_name="m"))
-
-
-async def test_a_request_reaches_the_work_typed_and_with_its_job() -> None:
-    assert await echo(JOB) == {"value": ["Ask", "job-1", "job-1"]}
-
-
-async def test_an_openai_route_reaches_its_own_model() -> None:
-    for route in ("/v1/echo", "/v1/echo/", "/v1/echo?limit=3"):
-        job = {"id": "2", "input": {"openai_route": route, "openai_input": {"input": "a"}}}
-        assert (await echo(job))["value"][0] == "Routed"
-
-
-@pytest.mark.parametrize(
-    ("payload", "param", "code", "says"),
-    [
-        (None, "input", "invalid_input", "missing"),
-        ([], "input", "invalid_input", "array"),
-        ("text", "input", "invalid_input", "string"),
-        (3, "input", "invalid_input", "number"),
-        (True, "input", "invalid_input", "boolean"),
-        ({}, "text", "missing_field", "required"),
-        ({"text": None}, "text", "invalid_value", "string"),
-        ({"text": 3}, "text", "invalid_value", "string"),
-        ({"text": ["a"]}, "text", "invalid_value", "string"),
-        ({"text": {"a": 1}}, "text", "invalid_value", "string"),
-        ({"text": True}, "text", "invalid_value", "string"),
-        ({"text": "a", "count": "2"}, "count", "invalid_value", '"2"'),
-        ({"text": "a", "count": True}, "count", "invalid_value", "integer"),
-        ({"text": "a", "count": 2.5}, "count", "invalid_value", "integer"),
-        ({"text": "a", "count": 10}, "count", "invalid_value", "less than or equal to 9"),
-        ({"text": "a", "count": 10**70}, "count", "invalid_value", "less than"),
-        ({"openai_route": 10**70}, "openai_route", "unknown_route", "/v1/echo"),
-        ({"text": "a", "parts": ["b", 7]}, "parts.1", "invalid_value", "7"),
-        ({"text": "a", "part": "b"}, "part", "invalid_value", 'should be an object, got "b"'),
-        ({"text": "a", "part": {"size": "b"}}, "part.size", "invalid_value", "integer"),
-        ({"txt": "a"}, "txt", "unknown_field", "Did you mean 'text'?"),
-        ({"text": "a", "cuont": 2}, "cuont", "unknown_field", "Did you mean 'count'?"),
-        ({"openai_route": "/v1/nothing"}, "openai_route", "unknown_route", "/v1/echo"),
-        ({"openai_route": ["/v1/echo"]}, "openai_route", "unknown_route", "/v1/echo"),
-        ({"openai_input": {"input": "a"}}, "openai_route", "unknown_route", "/v1/echo"),
-        ({"openai_route": "/v1/echo", "openai_input": [1]}, "openai_input", "invalid_input", "array"),
-        ({"openai_route": "/v1/echo"}, "input", "missing_field", "required"),
-    ],
-)
-async def test_a_wrong_input_gets_one_error_that_names_the_field(
-    payload: Any, param: str, code: str, says: str
-) -> None:
-    error = await error_of(echo, {"id": "1", "input": payload})
-    assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
-    assert says in error["message"]
-    assert await echo(JOB), "the worker serves the next job"
-
-
-async def test_an_error_message_does_not_carry_a_large_value() -> None:
-    error = await error_of(echo, {"id": "1", "input": {"text": ["x" * 100_000]}})
-    assert len(error["message"]) < 200
-    error = await error_of(echo, {"id": "1", "input": {"x" * 9_000_000: 1}})
-    assert len(error["message"]) + len(error["param"]) < 5_000
-    assert error["message"].endswith("Allowed: text, count, parts, part.")
-
-
-@pytest.mark.parametrize(
-    "payload", [{"text": ["a\ud83d"]}, {"openai_route": "\ud83d"}, {"text": {"\ud83d": 1}}]
-)
-async def test_half_a_surrogate_pair_does_not_keep_an_error_from_being_sent(payload: Any) -> None:
-    result = await echo({"id": "1", "input": payload})
-    json.dumps(result, ensure_ascii=False).encode()  # as the SDK does
-    assert "\ufffd" in json.loads(result["error"])["message"]
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-    max_leaves=8,
-)
-
-
-@given(json_values)
-async def test_no_input_makes_the_handler_raise(payload: Any) -> None:
-    result = await echo({"id": "1", "input": payload})
-    assert ("error" in result) != ("value" in result)
-    json.dumps(result)
-
-
-async def test_numpy_becomes_plain_numbers() -> None:
-    value = {"a": np.float32(0.5), "b": np.arange(3), "c": [np.int64(7)], "d": np.bool_(True)}
-    assert await returning(value)(JOB) == {"a": 0.5, "b": [0, 1, 2], "c": [7], "d": True}
-
-
-@pytest.mark.parametrize(
-    ("value", "code", "where"),
-    [
-        ({"a": [1.0, float("nan")]}, "not_finite", "output.a.1"),
-        ({"a": {"b": float("inf")}}, "not_finite", "output.a.b"),
-        ({"a": np.array([1.0, np.nan])}, "not_finite", "output.a"),
-        ({"a": b"bytes"}, "not_json", "bytes at output.a"),
-        ({"a": [object()]}, "not_json", "object at output.a.0"),
-        ({"a": {1, 2}}, "not_json", "set at output.a"),
-    ],
-)
-async def test_what_json_has_no_form_for_is_an_error_with_its_place(
-    value: Any, code: str, where: str
-) -> None:
-    error = await error_of(returning(value))
-    assert (error["code"], error["type"]) == (code, "server_error")
-    assert where in error["message"]
-
-
-async def test_half_a_surrogate_pair_does_not_keep_a_result_from_being_sent() -> None:
-    result = await returning({"text": "a\ud83d", "more": "😀"})(JOB)
-    assert result == {"text": "a\ufffd", "more": "😀"}
-    json.dumps(result, ensure_ascii=False).encode()
-
-
-async def test_an_exception_is_answered_without_its_text_and_logged_with_it(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RUNPOD_ENDPOINT_ID", "e")
-    error = await error_of(returning(ValueError("inner workings")))
-    assert error["code"] == "internal_error"
-    assert "inner workings" not in error["message"]
-    line = json.loads(capsys.readouterr().out.splitlines()[0])
-    assert line["requestId"] == "job-1"
-    assert "Traceback" in line["message"]
-    assert "inner workings" in line["message"]
-
-
-async def test_a_result_over_the_limit_is_refused_with_size_limit_and_advice(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name in ("BUCKET_ENDPOINT_URL", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    start_config(echo, WorkerSettings(model_name="m", max_result_mb=0.001))
-    fits = {"a": "é" * 494}  # 988 bytes, and 9 around them
-    assert await returning(fits)(JOB) == fits
-    error = await error_of(returning({"a": "é" * 500}))
-    assert error["code"] == "result_too_large"
-    assert "0.001 MB" in error["message"]
-    assert "BUCKET_ENDPOINT_URL" in error["message"]
-
-
-async def test_the_sdks_debug_log_does_not_format_results() -> None:
-    result = await returning({"vectors": [0.5] * 1000})(JOB)
-    assert repr(result) == "<result of 5013 bytes>"
-    assert json.loads(json.dumps(result)) == {"vectors": [0.5] * 1000}
-
-
-async def test_two_out_of_memory_errors_in_a_row_ask_for_a_fresh_worker() -> None:
-    broken, fine = returning(MemoryError()), returning({"a": 1})
-    assert "refresh_worker" not in await broken(JOB)
-    assert await fine(JOB) == {"a": 1}
-    assert "refresh_worker" not in await broken(JOB), "a job that went well lies between"
-    result = await broken(JOB)
-    assert result["refresh_worker"] is True
-    assert json.loads(result["error"])["code"] == "out_of_memory"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "CUDA error: device-side assert triggered",
-        "CUDA failed with error an illegal memory access was encountered",
-    ],
-)
-async def test_after_an_error_of_cuda_the_worker_asks_to_be_replaced_at_once(text: str) -> None:
-    result = await returning(RuntimeError(text))(JOB)
-    assert result["refresh_worker"] is True
-    assert json.loads(result["error"])["code"] == jobs.ENGINE_DIED
-
-
-async def test_ctranslate2s_want_of_memory_is_one() -> None:
-    broken = returning(RuntimeError("CUDA failed with error out of memory"))
-    results = [await broken(JOB) for _ in range(2)]
-    assert [result.get("refresh_worker") for result in results] == [None, True]
-    assert {json.loads(result["error"])["code"] for result in results} == {"out_of_memory"}
-
-
-def streaming(*parts: Any) -> Any:
-    @job_handler(Ask)
-    async def handler(request: Ask) -> AsyncIterator[Any]:
+    @handler.streamed
+    async def streamed(request: Ask, job: Job) -> AsyncIterator[Any]:
         for part in parts:
             if isinstance(part, Exception):
                 raise part
@@ -271,43 +53,208 @@ def streaming(*parts: Any) -> Any:
     return handler
 
 
-async def collect(handler: Any, job: dict[str, Any] = JOB) -> list[Any]:
-    return [part async for part in handler(job)]
+async def test_the_work_receives_the_request_and_its_job() -> None:
+    @job_handler(Ask)
+    async def handler(request: Ask, job: Job) -> Any:
+        return [request.text, job.id, job.data["webhook"], job_id.get()]
+
+    assert await handler({"id": "1", "input": {"text": "a"}, "webhook": "w"}) == ["a", "1", "w", "1"]
+
+
+async def test_jobs_that_run_together_keep_their_ids() -> None:
+    both = asyncio.Barrier(2)
+
+    @job_handler(Ask)
+    async def handler(request: Ask, job: Job) -> Any:
+        await both.wait()
+        return job_id.get()
+
+    jobs = [handler({"id": name, "input": {}}) for name in "ab"]
+    assert await asyncio.gather(*jobs) == ["a", "b"]
+
+
+@pytest.mark.parametrize("payload", [None, {"txt": ""}, {"stream": "yes"}])
+async def test_a_wrong_request_is_an_error_and_the_next_one_is_answered(payload: Any) -> None:
+    handler = answering("a")
+    for answers in ([await handler({"id": "1", "input": payload})], await parts_of(handler, payload)):
+        assert [list(answer) for answer in answers] == [["error"]]
+        assert error_of(answers[0])["type"] == "invalid_request_error"
+    assert await send(handler, text="b") == "a"
+
+
+async def parts_of(handler: JobHandler, payload: Any) -> list[Any]:
+    return [part async for part in handler.stream({"id": "1", "input": payload})]
+
+
+async def test_an_exception_is_logged_and_its_text_is_not_sent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNPOD_ENDPOINT_ID", "e")
+    problem = error_of(await answering(ValueError("inner workings"))({"id": "job-1", "input": {}}))
+    assert problem["code"] == "internal_error"
+    assert "inner workings" not in problem["message"]
+    line = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert line["requestId"] == "job-1"
+    assert "Traceback" in line["message"]
+    assert "inner workings" in line["message"]
+
+
+# ---- the streamed form ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("payload", [{"text": "a"}, {"stream": False}, {"number": 1}])
+async def test_a_request_that_does_not_stream_has_one_part(payload: dict[str, Any]) -> None:
+    for answer in ("text", {"a": np.int64(1)}, [1]):
+        expected = {"a": 1} if isinstance(answer, dict) else answer
+        handler = answering(answer, "more")
+        assert await stream(handler, **payload) == [expected]
+        assert await send(handler, **payload) == expected
 
 
 async def test_a_stream_passes_its_parts() -> None:
-    assert await collect(streaming("a", {"b": np.int64(1)})) == ["a", {"b": 1}]
+    assert await stream(answering("a", {"b": np.int64(1)}), stream=True) == ["a", {"b": 1}]
+
+
+async def test_a_stream_is_refused_by_the_complete_form() -> None:
+    problem = await error(answering("a"), stream=True)
+    assert (problem["param"], problem["code"]) == ("stream", "unsupported")
+    assert "STREAMING=false" in problem["message"]
+
+
+async def test_a_worker_that_does_not_stream_decides_itself_about_the_field() -> None:
+    @job_handler(Ask)
+    async def handler(request: Ask, job: Job) -> Any:
+        return "complete"
+
+    assert await send(handler, stream=True) == "complete"
+    assert await stream(handler, stream=True) == ["complete"]
 
 
 async def test_a_failing_stream_of_events_ends_with_an_event_and_a_failed_job() -> None:
-    event, last = (await collect(streaming("data: 1\n\n", JobError("no", param="x", code="c"))))[1:]
-    assert json.loads(event.splitlines()[0].removeprefix("data: "))["error"]["code"] == "c"
-    assert event.endswith("data: [DONE]\n\n")
-    assert json.loads(last["error"])["param"] == "x"
+    parts = await stream(answering('data: {"n": 1}\n\n', JobError("no", param="x", code="c")), stream=True)
+    assert [list(event) for event in sse_events(parts[:-1])] == [["n"], ["error"]]
+    assert error_of(parts[-1])["param"] == "x"
 
 
 async def test_a_failing_stream_of_objects_ends_with_an_object_and_a_failed_job() -> None:
-    parts = await collect(streaming({"token": "a"}, ValueError("inner")))
-    assert parts[1]["event"] == "error"
-    assert parts[1]["detail"]["code"] == "internal_error"
-    assert json.loads(parts[2]["error"])["code"] == "internal_error"
+    _, event, last = await stream(answering({"token": "a"}, ValueError("inner")), stream=True)
+    assert event == {"event": "error", "detail": error_of(last)}
+    assert error_of(last)["code"] == "internal_error"
 
 
-async def test_a_stream_that_never_began_only_fails() -> None:
-    parts = await collect(streaming("a"), {"id": "1", "input": {}})
-    assert [list(part) for part in parts] == [["error"]]
+async def test_a_part_that_is_no_json_fails_the_stream() -> None:
+    first, _, last = await stream(answering({"n": 1.0}, {"n": float("nan")}, {"n": 2.0}), stream=True)
+    assert first == {"n": 1.0}
+    assert error_of(last)["code"] == "not_finite"
 
 
-async def test_a_stream_asks_for_a_fresh_worker_through_the_sdks_configuration() -> None:
-    broken = streaming(MemoryError())
-    config = start_config(broken, WorkerSettings(model_name="m"))
-    await collect(broken)
+@pytest.mark.parametrize("ending", ["closed", "cancelled"])
+async def test_a_stream_that_nobody_reads_ends_its_work(ending: str) -> None:
+    events: list[str] = []
+
+    @job_handler(Ask)
+    async def handler(request: Ask, job: Job) -> Any: ...
+
+    @handler.streamed
+    async def streamed(request: Ask, job: Job) -> AsyncIterator[str]:
+        try:
+            yield "a"
+            await asyncio.sleep(60)
+        finally:
+            events.append("freed")
+
+    parts = handler.stream({"id": "1", "input": {"stream": True}})
+    assert await anext(parts) == "a"
+    if ending == "closed":
+        await parts.aclose()
+    else:
+        task = asyncio.create_task(anext(parts))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert events == ["freed"]
+
+
+# ---- replaced workers ----------------------------------------------------------------------------------
+
+
+async def test_the_second_job_in_a_row_that_is_out_of_memory_asks_for_a_new_worker() -> None:
+    outcomes: list[Any] = []
+
+    @job_handler(Ask)
+    async def handler(request: Ask, job: Job) -> Any:
+        if isinstance(outcome := outcomes.pop(0), Exception):
+            raise outcome
+        return outcome
+
+    ctranslate2 = RuntimeError("CUDA failed with error out of memory")
+    wrong = JobError("a wrong request says nothing about memory")
+    outcomes += [MemoryError(), {"a": 1}, MemoryError(), wrong, ctranslate2]
+    answers = [await send(handler) for _ in range(5)]
+    assert answers[1] == {"a": 1}
+    assert ["refresh_worker" in answer for answer in answers] == [False, False, False, False, True]
+    assert [error_of(answers[n])["code"] for n in (0, 2, 4)] == ["out_of_memory"] * 3
+
+
+DEAD = [
+    RuntimeError("CUDA error: device-side assert triggered"),
+    RuntimeError("CUDA failed with error an illegal memory access was encountered"),
+    engine_died(ValueError()),
+]
+
+
+@pytest.mark.parametrize("cause", DEAD, ids=str)
+async def test_a_dead_engine_asks_for_a_new_worker_at_once(cause: Exception) -> None:
+    result = await send(answering(cause))
+    assert result["refresh_worker"] is True
+    assert error_of(result)["code"] == ENGINE_DIED
+
+
+@pytest.mark.parametrize("payload", [{}, {"stream": True}])
+async def test_a_stream_asks_for_a_new_worker_in_the_sdks_configuration(payload: dict[str, Any]) -> None:
+    handler = answering(MemoryError())
+    config = start_config(handler, Settings())
+    await stream(handler, **payload)
     assert "refresh_worker" not in config
-    await collect(broken)
+    assert [list(part) for part in await stream(handler, **payload)] == [["error"]]
     assert config["refresh_worker"] is True
 
 
+# ---- the SDK's configuration ---------------------------------------------------------------------------
+
+
 def test_the_concurrency_is_constant() -> None:
-    config = start_config(echo, WorkerSettings(model_name="m", max_concurrency=7))
+    config = start_config(answering("a"), Settings(max_concurrency=7))
     assert [config["concurrency_modifier"](now) for now in (1, 7, 100)] == [7, 7, 7]
     assert config["return_aggregate_stream"] is True
+
+
+@pytest.mark.parametrize("settings", [Settings(), Settings(streaming=False), WorkerSettings(model_name="m")])
+def test_streaming_chooses_the_form(settings: WorkerSettings) -> None:
+    """The SDK looks at the kind of function."""
+    streams = getattr(settings, "streaming", False)
+    handler = start_config(answering("a"), settings)["handler"]
+    assert inspect.isasyncgenfunction(handler) is streams
+    assert inspect.iscoroutinefunction(handler) is not streams
+
+    @job_handler(Ask)
+    async def complete_only(request: Ask, job: Job) -> Any: ...
+
+    assert inspect.iscoroutinefunction(start_config(complete_only, settings)["handler"])
+
+
+async def test_a_job_is_in_flight_until_its_task_ends() -> None:
+    handler, posted = answering("a"), asyncio.Event()
+
+    async def sdk(form: Any) -> None:
+        await form
+        await posted.wait()
+
+    tasks = [asyncio.create_task(sdk(send(handler))), asyncio.create_task(sdk(stream(handler)))]
+    await until(lambda: handler.in_flight == 2)
+    tasks.pop().cancel()
+    await until(lambda: handler.in_flight == 1)
+    posted.set()
+    await asyncio.gather(*tasks)
+    await until(lambda: handler.in_flight == 0)

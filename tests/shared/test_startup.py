@@ -1,180 +1,42 @@
-"""Settings, logs, startup and prewarm: what a worker does before its first job."""
+"""The start of a worker: phases, causes of failure, signals."""
 
 from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
-from pydantic import Field, SecretStr
 
-from shared import prewarm, startup
+from shared import startup
 from shared.errors import StartError
-from shared.logs import log, redact
-from shared.settings import WorkerSettings, read_settings
-
-TOKEN = "hf_" + "x" * 30
-
-
-class Settings(WorkerSettings):
-    model_name: str = "some/model"
-    mode: Literal["fast", "small"] = "fast"
-    pin: SecretStr | None = Field(None, max_length=4)
+from shared.settings import WorkerSettings
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for field in Settings.model_fields:
-        monkeypatch.delenv(field.upper(), raising=False)
-    for name in ("RUNPOD_ENDPOINT_ID", "RUNPOD_LOG_LEVEL", "RUNPOD_DEBUG_LEVEL"):
+def no_log_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RUNPOD_LOG_LEVEL", "RUNPOD_DEBUG_LEVEL"):
         monkeypatch.delenv(name, raising=False)
 
 
-# ---- settings ------------------------------------------------------------------------------------------
-
-
-def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    for field in Settings.model_fields:
-        monkeypatch.setenv(field.upper(), "")
-    assert read_settings(Settings) == Settings.model_construct(**Settings().model_dump())
-    assert read_settings(Settings).model_name == "some/model"
-
-
-def test_space_around_a_value_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {"MODEL_NAME": "  ", "MODE": "small ", "PREWARM": " false", "HF_TOKEN": f"{TOKEN}\n"}
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    settings = read_settings(Settings)
-    assert (settings.model_name, settings.mode, settings.prewarm) == ("some/model", "small", False)
-    assert settings.hf_token is not None
-    assert settings.hf_token.get_secret_value() == TOKEN
-
-
-@pytest.mark.parametrize(
-    ("variable", "value", "allowed"),
-    [
-        ("MAX_CONCURRENCY", "many", "integer"),
-        ("MAX_CONCURRENCY", "0", "greater than or equal to 1"),
-        ("MODE", "slow", "'fast' or 'small'"),
-        ("DTYPE", "int3", "'float16'"),
-        ("PREWARM", "perhaps", "boolean"),
-        ("DEVICE", "tpu", "auto|cpu|cuda"),
-    ],
-)
-def test_a_wrong_value_gets_one_line(
-    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, allowed: str
-) -> None:
-    monkeypatch.setenv(variable, value)
-    with pytest.raises(StartError) as caught:
-        read_settings(Settings)
-    assert caught.value.code == "bad_setting"
-    assert caught.value.message.startswith(f"{variable}={value!r}: ")
-    assert allowed in caught.value.message
-    assert "\n" not in caught.value.message
-
-
-def test_a_missing_value_is_named() -> None:
-    with pytest.raises(StartError, match="MODEL_NAME is not set"):
-        read_settings(WorkerSettings)
-
-
-def test_a_secret_is_in_no_repr_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert TOKEN not in repr(read_settings(Settings))
-    monkeypatch.setenv("PIN", "123456")
-    with pytest.raises(StartError) as caught:
-        read_settings(Settings)
-    assert "123456" not in caught.value.message
-    assert caught.value.message.startswith("PIN: ")
-
-
-# ---- logs ----------------------------------------------------------------------------------------------
-
-
-def test_secrets_are_redacted_even_in_tracebacks(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("BUCKET_SECRET_ACCESS_KEY", "topsecretvalue")
-    try:
-        raise ValueError(f"{TOKEN} https://user:pass@host/path topsecretvalue")
-    except ValueError:
-        log.exception("failed")
-    out = capsys.readouterr().out
-    assert "ValueError" in out
-    assert "https://***@host/path" in out
-    for secret in (TOKEN, "user:pass", "topsecretvalue"):
-        assert secret not in out
-
-
-def test_redact_leaves_the_rest() -> None:
-    assert redact("phase=load seconds=1.0") == "phase=load seconds=1.0"
-
-
-def test_lines_are_not_printed_twice(capsys: pytest.CaptureFixture[str]) -> None:
-    """The SDK gives the root logger a handler of its own."""
-    again = logging.StreamHandler()
-    logging.getLogger().addHandler(again)
-    try:
-        log.info("only once")
-    finally:
-        logging.getLogger().removeHandler(again)
-    captured = capsys.readouterr()
-    assert (captured.out + captured.err).count("only once") == 1
-
-
-# ---- prewarm -------------------------------------------------------------------------------------------
-
-
 def test_a_phase_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with prewarm.phase("load") as phase:
+    with startup.phase("load") as phase:
         phase.bytes = 7
     assert re.fullmatch(r"INFO   \| phase=load seconds=\d+\.\d{3} bytes=7\n", capsys.readouterr().out)
-    with pytest.raises(KeyError), prewarm.phase("load"):
+    with pytest.raises(KeyError), startup.phase("load"):
         raise KeyError
     assert "phase=load" not in capsys.readouterr().out, "a phase that failed did not end"
 
 
 def test_ready_counts_from_the_start_of_the_process(capsys: pytest.CaptureFixture[str]) -> None:
-    prewarm.log_ready()
+    startup.log_ready()
     seconds = float(capsys.readouterr().out.split("seconds=")[1])
     assert 0.05 < seconds < 86400
-
-
-def test_prewarm_sends_jobs_and_stops_at_an_error() -> None:
-    seen = []
-
-    async def handler(job: dict[str, Any]) -> dict[str, Any]:
-        seen.append(job["input"])
-        return {"error": "broken"} if job["input"] == {"n": 2} else {"ok": True}
-
-    prewarm.run(handler, [{"n": 1}])
-    with pytest.raises(StartError, match="broken"):
-        prewarm.run(handler, [{"n": 2}, {"n": 3}])
-    assert seen == [{"n": 1}, {"n": 2}]
-
-
-def test_prewarm_reads_a_stream_to_its_end() -> None:
-    seen = []
-
-    async def handler(job: dict[str, Any]) -> AsyncIterator[Any]:
-        yield "a"
-        seen.append(job)
-        yield {"error": "late"}
-
-    with pytest.raises(StartError, match="late"):
-        prewarm.run(handler, [{}])
-    assert len(seen) == 1
-
-
-# ---- startup -------------------------------------------------------------------------------------------
 
 
 def failing(error: Exception) -> Any:
@@ -185,7 +47,7 @@ def failing(error: Exception) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "says"),
+    ("error", "code", "text"),
     [
         (StartError("No such model.", code="model_not_found"), "model_not_found", "No such model."),
         (OSError(errno.ENOSPC, "No space left on device"), "no_space", "larger container disk"),
@@ -197,23 +59,20 @@ def failing(error: Exception) -> Any:
         ),
         (ValueError("Please pass `trust_remote_code=True`"), "needs_remote_code", "TRUST_REMOTE_CODE"),
         (
-            ImportError(
-                "This modeling file requires the following packages that were not found in your environment: "
-                "einops. Run `pip install einops`"
-            ),
+            ImportError("packages that were not found in your environment: einops. Run `pip install einops`"),
             "missing_package",
             "requirements.in",
         ),
     ],
-)  # fmt: skip
+)
 async def test_a_permanent_cause_is_answered_to_every_job(
-    error: Exception, code: str, says: str, capsys: pytest.CaptureFixture[str]
+    error: Exception, code: str, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = startup.run(failing(error), worker="w")
     for _ in range(2):
         answer = json.loads((await config["handler"]({"id": "1", "input": {}}))["error"])
         assert (answer["code"], answer["type"]) == (code, "server_error")
-        assert says in answer["message"]
+        assert text in answer["message"]
     assert config["concurrency_modifier"](1) > 1
     assert f"code={code}" in capsys.readouterr().out
 
@@ -245,6 +104,36 @@ def test_without_torch_the_base_image_names_its_cuda(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("CUDA_VERSION", "12.9.1")
     assert startup.cuda_version() == "12.9.1"
+
+
+SERVE = """
+from shared import startup
+from shared.jobs import Request, job_handler, start_config
+from shared.settings import WorkerSettings
+class Ask(Request):
+    n: int
+@job_handler(Ask)
+async def handler(request, job):
+    return request.n ** 2
+startup.serve(lambda: start_config(handler, WorkerSettings(model_name="m")), worker="w")
+"""
+
+
+@pytest.mark.engine
+def test_serve_runs_the_sdk() -> None:
+    """The SDK serves the one job of its command line and exits."""
+    command = [sys.executable, "-c", SERVE, "--test_input", '{"input": {"n": 7}}']
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Job result: {'output': 49}" in done.stdout
+
+
+def test_resolve_logs_its_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(bytes(8))
+    model = startup.resolve(WorkerSettings(model_name="m"), str(tmp_path))
+    assert Path(model.path) == tmp_path
+    assert "phase=resolve seconds=" in capsys.readouterr().out
 
 
 LOADING = """

@@ -6,89 +6,56 @@ Response: {"words": 6, "sentences": 2, "longest": "small", "model": "word-count"
 
 from __future__ import annotations
 
-import asyncio
-import re
-from typing import Any
-
-from pydantic import BaseModel, Field
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from shared import prewarm, startup
-from shared.jobs import Request, job_handler, start_config
-from shared.settings import WorkerSettings, read_settings
+from shared.jobs import Job, job_handler, start_config
+from shared.settings import read_settings
 
-# ---- settings ------------------------------------------------------------------------------------------
+from .schemas import CountRequest, CountResponse, Settings
 
-
-class Settings(WorkerSettings):
-    model_name: str = Field("word-count", description="Model id on the Hugging Face Hub, or a folder")
-
-
-# ---- requests and responses ----------------------------------------------------------------------------
-
-
-class CountRequest(Request):
-    text: str = Field(min_length=1, max_length=100_000, description="The text")
-    min_letters: int = Field(1, ge=1, le=100, description="Count words of at least this many letters")
-
-
-class CountResponse(BaseModel):
-    words: int = Field(description="Number of words")
-    sentences: int = Field(description="Number of sentences")
-    longest: str | None = Field(description="The first of the longest words, null when there is none")
-    model: str = Field(description="The model, as MODEL_NAME gives it")
+if TYPE_CHECKING:
+    from .engine import Engine
 
 
 # ---- load ----------------------------------------------------------------------------------------------
 
-
-class Engine:
-    """What holds the model. Tests put another in its place: `handler.engine = ...`."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def count(self, request: CountRequest) -> CountResponse:
-        words = [word for word in re.findall(r"[^\W\d_]+", request.text) if len(word) >= request.min_letters]
-        sentences = re.findall(r"[^.!?]*\w[^.!?]*", request.text)
-        longest = max(words, key=len, default=None)
-        return CountResponse(words=len(words), sentences=len(sentences), longest=longest, model=self.name)
+engine: Engine
+model_name: str
 
 
 def load(settings: Settings) -> Engine:
-    """Find the model, import its library (here and nowhere above), read the weights."""
-    with prewarm.phase("load"):
-        return Engine(settings.public_name)
-
-
-engine: Engine
+    # With a model: `model = startup.resolve(settings, settings.model_name)`, then load_engine(model.path).
+    with startup.phase("import"):  # the engine's module imports torch, this one does not
+        from .engine import load_engine
+    with startup.phase("load"):
+        return load_engine(max_batch_characters=settings.max_batch_characters)
 
 
 # ---- handle --------------------------------------------------------------------------------------------
 
 
 @job_handler(CountRequest)
-async def handler(request: CountRequest) -> CountResponse:
-    # The model would block the event loop, and with it every other job. shared.batching runs jobs together.
-    return await asyncio.to_thread(engine.count, request)
+async def handler(request: CountRequest, job: Job) -> CountResponse:
+    counts = await engine.count(request.text, min_letters=request.min_letters)
+    return CountResponse(**asdict(counts), model=model_name)
 
 
 # ---- start ---------------------------------------------------------------------------------------------
 
 
 def prepare() -> dict[str, Any]:
-    global engine
+    global engine, model_name
     settings = read_settings(Settings)
-    engine = load(settings)
+    engine, model_name = load(settings), settings.public_name
     if settings.prewarm:
         prewarm.run(handler, [{"text": "warm"}])
     return start_config(handler, settings)
 
 
 def main() -> None:
-    config = startup.run(prepare, worker="template-worker")
-    import runpod
-
-    runpod.serverless.start(config)
+    startup.serve(prepare, worker="template-worker")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Streams, and answers OpenAI's routes for chat and embeddings from the input alone.
+"""Streams, and answers OpenAI's routes for chat, embeddings and audio from the input alone.
 
-With `gate`, the path of a file, a piece is made when the file has as many characters as there are pieces.
+With `gate`, the path of a file, a part is made when the file has as many characters as there are parts.
 """
 
 import asyncio
+import base64
 import json
 import os
 
@@ -15,6 +16,10 @@ async def handler(job):
     route, body = order.get("openai_route"), order.get("openai_input")
     if route == "/v1/models":
         yield {"object": "list", "data": [{"id": "tiny", "object": "model", "body": body}]}
+    elif route == "/v1/audio/transcriptions":
+        yield {"text": f"transcribed {body['file']}"}
+    elif route == "/v1/audio/speech":
+        yield {"audio": base64.b64encode(body["input"].encode()).decode()}
     elif route == "/v1/embeddings":
         vectors = [
             {"object": "embedding", "index": i, "embedding": [1.0, i]} for i in range(len(body["input"]))

@@ -10,10 +10,8 @@ import pytest
 import torch
 
 from serving.continuous_batching.kv_cache import (
-    CPU_BUDGET,
     GROWTH,
     DecodeBatch,
-    cache_budget,
     preallocated_cache,
     supports_joining_batches,
 )
@@ -26,7 +24,7 @@ SHAPE = (2, 3)  # heads, head_dim of the caches here
 
 
 def batch(model: Any, *lengths: int) -> DecodeBatch[ActiveSequence]:
-    """Sequences of these lengths, padded on the left. The keys of token t of a sequence of n: n + t / 1000."""
+    """Sequences of these lengths, padded on the left. Token t of a sequence of n has keys n + t / 1000."""
     sequences = [
         ActiveSequence(
             params=SamplingParams(1), prompt_ids=torch.zeros(length), random=random.Random(0),
@@ -106,7 +104,3 @@ def test_which_models_join() -> None:
     )
     assert not supports_joining_batches(tiny_llama(no_repeat_ngram_size=3))
     assert not supports_joining_batches(tiny_llama(num_beams=2))
-
-
-def test_the_budget_of_a_cpu(model: Any) -> None:
-    assert cache_budget(model) == CPU_BUDGET

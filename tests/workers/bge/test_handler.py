@@ -21,8 +21,8 @@ from local import running
 from shared import embeddings
 from shared.errors import JobError, StartError
 from shared.jobs import parse
-from tools import tiny_retrieval as tiny
 from tools.models import local_env, minilm
+from tools.models import tiny_retrieval as tiny
 from tools.workers import load_handler
 
 worker = load_handler("bge")

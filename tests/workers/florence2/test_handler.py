@@ -23,8 +23,8 @@ from local import Platform, running
 from shared.errors import JobError, StartError
 from shared.jobs import validate
 from shared.settings import read_settings
-from tools import tiny_florence2 as tiny
 from tools.models import local_env
+from tools.models import tiny_florence2 as tiny
 from tools.workers import ROOT, load_handler
 
 worker = load_handler("florence2")

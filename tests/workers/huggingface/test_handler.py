@@ -17,7 +17,7 @@ import pytest
 
 from tests.helpers import error, longest_stall, openai, send, sse_events, stream, until
 from tests.workers.huggingface.in_process import MESSAGES, generated, serving, tokenizer_of
-from tools import tiny_causal
+from tools.models import tiny_causal
 
 pytestmark = pytest.mark.engine
 

@@ -25,8 +25,7 @@ from tests.workers.huggingface.in_process import (
     start_error,
     tokenizer_of,
 )
-from tools import tiny_causal
-from tools.models import local_env
+from tools.models import local_env, tiny_causal
 
 pytestmark = pytest.mark.engine
 BASE = Path(local_env("huggingface")["MODEL_NAME"])

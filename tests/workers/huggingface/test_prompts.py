@@ -12,7 +12,7 @@ from shared.errors import JobError
 from shared.requests import validate
 from tests.helpers import error, longest_stall, openai, send
 from tests.workers.huggingface.in_process import MESSAGES, serving
-from tools import tiny_causal
+from tools.models import tiny_causal
 from tools.workers import load_module
 
 pytestmark = pytest.mark.engine

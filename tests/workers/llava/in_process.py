@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tools.models import local_env
-from tools.tiny_llava import ANSWERS, QUESTIONS
+from tools.models.tiny_llava import ANSWERS, QUESTIONS
 from tools.workers import load_handler
 
 WHAT, DESCRIBE = QUESTIONS

@@ -20,7 +20,7 @@ from PIL import Image
 from serving.continuous_batching.generator import Generator
 from serving.continuous_batching.kv_cache import supports_joining_batches
 from serving.continuous_batching.sampling import SamplingParams
-from tools.tiny_llava import processor
+from tools.models.tiny_llava import processor
 
 pytestmark = pytest.mark.engine
 

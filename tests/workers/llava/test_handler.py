@@ -29,7 +29,7 @@ from tests.workers.llava.in_process import (
     text_part,
 )
 from tools.models import local_env
-from tools.tiny_llava import ANSWERS, ENDLESS
+from tools.models.tiny_llava import ANSWERS, ENDLESS
 
 pytestmark = pytest.mark.engine
 

@@ -15,7 +15,7 @@ from local import Platform, running
 from tests.helpers import wait_until
 from tests.workers.llava.in_process import WHAT, answer_to, png, question
 from tools.models import local_env
-from tools.tiny_llava import ANSWERS, ENDLESS
+from tools.models.tiny_llava import ANSWERS, ENDLESS
 
 pytestmark = pytest.mark.engine
 

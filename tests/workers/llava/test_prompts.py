@@ -26,7 +26,7 @@ from tests.workers.llava.in_process import (
     text_part,
 )
 from tools.models import local_env
-from tools.tiny_llava import ENDLESS
+from tools.models.tiny_llava import ENDLESS
 from tools.workers import load_module
 
 pytestmark = pytest.mark.engine
@@ -46,7 +46,9 @@ def chat(*messages: dict[str, Any], **payload: Any) -> Any:
 
 
 def test_all_forms_of_a_request_give_the_same_conversation() -> None:
-    assert native(image="abc", prompt="Why?").messages == [("user", [prompts.ImageSource("abc", "image"), "Why?"])]
+    assert native(image="abc", prompt="Why?").messages == [
+        ("user", [prompts.ImageSource("abc", "image"), "Why?"])
+    ]
     full = native(images=["a", "b"], system="Be brief.")
     messages: list[dict[str, Any]] = [
         {"role": "developer", "content": "Be brief."},
@@ -185,7 +187,9 @@ async def test_unreadable_images_fail_their_own_job(worker: ModuleType, image: s
     )
     assert good["response"] == answer_to("red")
     params = ["image", "images.1", "messages.0.content.0.image_url.url"]
-    assert [(problem["param"], problem["code"]) for problem in problems] == [(param, code) for param in params]
+    assert [(problem["param"], problem["code"]) for problem in problems] == [
+        (param, code) for param in params
+    ]
     assert "root:" not in str(problems)
 
 
@@ -202,12 +206,15 @@ async def test_any_number_of_images(worker: ModuleType) -> None:
     swapped = [system, *question("blue"), reply, *question("red")]
     assert await prompt_tokens(messages=messages) > 2 * one
     answers = [
-        (await send(worker.handler, messages=order, max_tokens=40))["response"] for order in (messages, swapped)
+        (await send(worker.handler, messages=order, max_tokens=40))["response"]
+        for order in (messages, swapped)
     ]
     assert answers[0] != answers[1], "each image stays in its message"
 
 
-async def test_images_are_decoded_beside_the_model(worker: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_images_are_decoded_beside_the_model(
+    worker: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While an image is being decoded, other jobs' answers go on."""
     decoding, go_on = threading.Event(), threading.Event()
     load_image = prompts.load_image

@@ -23,8 +23,8 @@ from huggingface_hub import AsyncInferenceClient, InferenceClient
 from huggingface_hub.errors import GenerationError, OverloadedError, ValidationError
 from text_generation import errors as tgi_errors
 
-from tools import tgi_stand_in, tiny_causal
-from tools.models import made
+from tools import tgi_stand_in
+from tools.models import made, tiny_causal
 
 pytestmark = [
     pytest.mark.engine,

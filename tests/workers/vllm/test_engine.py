@@ -22,8 +22,7 @@ import requests
 
 from local import Platform, Rules, running
 from shared import reaper
-from tools import vllm_cpu
-from tools.models import local_env
+from tools.models import local_env, vllm_cpu
 from tools.workers import ROOT
 
 reason = vllm_cpu.missing()

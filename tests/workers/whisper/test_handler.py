@@ -28,8 +28,8 @@ from local import Platform, running
 from shared.errors import StartError
 from shared.jobs import validate
 from shared.volume import ModelPath
-from tools import tiny_whisper as tiny
 from tools.models import local_env, made
+from tools.models import tiny_whisper as tiny
 from tools.workers import ROOT, load_handler
 
 worker = load_handler("whisper")

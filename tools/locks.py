@@ -124,18 +124,18 @@ def lock_vllm(*, root: Path = ROOT, output: Path | None = None, upgrade: bool = 
     """vLLM for a CPU wants a build of torch (2.13.0+cpu) that PyPI has not: resolve with PyPI's."""
     source = VLLM_LOCK.with_name("requirements.in")
     with tempfile.TemporaryDirectory() as folder:
-        torch, whole = Path(folder, "torch.txt"), Path(folder, "whole.txt")
+        torch, complete = Path(folder, "torch.txt"), Path(folder, "complete.txt")
         torch.write_text((root / VLLM_LOCK).with_name("torch.in").read_text().replace("+cpu", ""))
         if (kept := root / VLLM_LOCK).exists():
-            whole.write_text(kept.read_text())
-        compile_lock([source], VLLM_LOCK, root=root, output=whole, overrides=[torch], upgrade=upgrade)
-        cuda = [name for name in pins(whole) if CUDA_ONLY.fullmatch(name)]
+            complete.write_text(kept.read_text())
+        compile_lock([source], VLLM_LOCK, root=root, output=complete, overrides=[torch], upgrade=upgrade)
+        cuda = [name for name in pins(complete) if CUDA_ONLY.fullmatch(name)]
         compile_lock(
             [source],
             VLLM_LOCK,
             root=root,
             output=output,
-            constraints=[whole],
+            constraints=[complete],
             leave_out=[*cuda, *BESIDE_TORCH],
             overrides=[torch],
         )

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from tools import (
-    tgi_stand_in,
+from tools import tgi_stand_in
+from tools.models import (
     tiny_causal,
     tiny_florence2,
     tiny_llava,
@@ -74,7 +74,8 @@ def tgi_launcher(folder: Path) -> None:
     program.chmod(0o755)
 
 
-_LOCAL: dict[str, Callable[[], dict[str, str]]] = {
+# The variables of each worker that give it its model.
+LOCAL: dict[str, Callable[[], dict[str, str]]] = {
     "bge": lambda: {
         "MODEL_NAME": str(made("bge", tiny_retrieval.tiny_bge)),
         "SERVED_MODEL_NAME": "tiny-random/bge-small-en",
@@ -116,7 +117,7 @@ NOTES = {
     "tgi": "TGI itself runs in its image, on a GPU. Here a stand-in takes its place (tools/tgi_stand_in.py): "
     "it speaks TGI's API, and its answers are random words.",
 }
-"""What has to be said of a worker that does not run here as it is."""
+"""What `make run-<worker>` prints of a worker that does not run here as it is."""
 
 
 def engine_env(worker: str) -> dict[str, str]:
@@ -132,6 +133,10 @@ def engine_env(worker: str) -> dict[str, str]:
 
 
 def local_env(worker: str) -> dict[str, str]:
-    """Environment variables with which `worker` runs on this machine: a model at hand, and no hub."""
-    make = _LOCAL.get(worker, dict)
-    return {"HF_HUB_OFFLINE": "1", **engine_env(worker), **make()}
+    """Environment variables with which `worker` runs on this machine: a model at hand, and no hub.
+
+    A worker without a model of the project's own takes its default model from the hub.
+    """
+    if worker not in LOCAL:
+        return engine_env(worker)
+    return {"HF_HUB_OFFLINE": "1", **engine_env(worker), **LOCAL[worker]()}

@@ -1,0 +1,94 @@
+"""Which images a change touches: those whose Dockerfile reads what changed, and no other."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from tools import changed
+from tools.locks import uses_torch
+from tools.workers import ROOT, worker_names
+
+WORKERS = worker_names()
+TORCH = [name for name in WORKERS if uses_torch(ROOT / "workers" / name / "requirements.in")]
+PARTS = sorted({path.stem for path in (ROOT / "serving").iterdir() if path.stem[0] not in "_."})
+
+
+def sources(part: str) -> list[Path]:
+    path = ROOT / "serving" / part
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+
+
+def parts(files: Iterable[Path]) -> set[str]:
+    """The parts of `serving` that the files import, and those that these import in turn."""
+    names: set[str] = set()
+    waiting = list(files)
+    while waiting:
+        for line in re.findall(r"^ *from serving[. ].*", waiting.pop().read_text(), re.MULTILINE):
+            module, _, imported = line.strip().removeprefix("from ").partition(" import ")
+            new = set(module.split(".")[1:2] or re.findall(r"\w+", imported)) & set(PARTS) - names
+            waiting += [path for part in new for path in sources(part)]
+            names |= new
+    return names
+
+
+@pytest.mark.parametrize("name", WORKERS)
+@pytest.mark.parametrize("file", ["handler.py", "schemas.py", "Dockerfile", "requirements.txt"])
+def test_an_edit_in_a_worker_builds_its_image_alone(name: str, file: str) -> None:
+    assert changed.affected([f"workers/{name}/{file}"]) == [name]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_an_edit_in_serving_builds_only_images_that_import_it(part: str) -> None:
+    built = {name for path in sources(part) for name in changed.affected([str(path.relative_to(ROOT))])}
+    assert built, "no image has it"
+    assert built <= {name for name in WORKERS if part in parts((ROOT / "workers" / name).rglob("*.py"))}
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        *((path, WORKERS) for path in ("shared/volume.py", "docker-bake.hcl", ".dockerignore")),
+        ("workers/torch.txt", TORCH),
+        ("shared/requirements.in", []),
+        ("workers/bge/README.md", []),
+        ("tests/tools/test_changed.py", []),
+    ],
+)
+def test_what_else_builds_images(path: str, expected: list[str]) -> None:
+    assert changed.affected(["README.md", path]) == expected
+
+
+def test_sources_are_what_a_dockerfile_copies_and_mounts() -> None:
+    text = (
+        "FROM x\nRUN --mount=type=bind,source=workers/a.txt,target=/tmp/x \\\n    pip install\n"
+        "COPY --from=build /x /y\nCOPY --chmod=755 workers/a/one.py \\\n     workers/a/two/ ./\n"
+    )
+    assert changed.sources(text) == {"workers/a.txt", "workers/a/one.py", "workers/a/two"}
+
+
+def test_changes_are_read_from_git(tmp_path: Path) -> None:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@localhost", "-c", "commit.gpgsign=false"]
+
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init", "--quiet")
+    for name in ("one", "two"):
+        (tmp_path / name).touch()
+        git("add", ".")
+        git("commit", "--quiet", "-m", name)
+    assert changed.changed_paths("HEAD~1", "HEAD", tmp_path) == ["two"]
+    assert changed.changed_paths("0" * 40, "HEAD", tmp_path) is None
+
+
+def test_without_a_base_every_image_is_built() -> None:
+    command = [sys.executable, "-m", "tools.changed"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == WORKERS
