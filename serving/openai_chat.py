@@ -1,13 +1,25 @@
-"""OpenAI's chat completions: requests, responses and chunks."""
+"""OpenAI's chat completions: requests, responses, and the chunks of a stream.
+
+head = ResponseHead.of("chatcmpl", job.id, "org/model")
+chat_completion(head, [ChatChoice(...)], usage)             # the complete response
+chunks = ChatChunks(head)                                   # the same, streamed
+chunks.delta(0, "Hello") + chunks.finish(0, "stop") + chunks.end(usage)
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SkipValidation, model_validator
+from typing_extensions import TypedDict
 
-from shared.errors import JobError
-from shared.openai import OpenAIRequest, Usage
+from shared.errors import invalid
+from shared.openai import DONE, OpenAIRequest, Usage, sse
+
+# ---- requests ------------------------------------------------------------------------------------------
 
 
 class ImageUrl(OpenAIRequest):
@@ -20,14 +32,14 @@ def _as_object(value: Any) -> Any:
 
 
 class ContentPart(OpenAIRequest):
-    type: Literal["text", "image_url"] = Field(description="What the part is")
-    text: str | None = Field(None, description="The text, where `type` is text")
+    type: Literal["text", "image_url"] = Field(description="Type of the content part")
+    text: str | None = Field(None, description="The text; required for type `text`")
     image_url: Annotated[ImageUrl | None, BeforeValidator(_as_object)] = Field(
-        None, description="The image, where `type` is image_url; a text is its `url`"
+        None, description="The image; required for type `image_url`. A string is taken as its `url`"
     )
 
     @model_validator(mode="after")
-    def _has_what_it_says(self) -> ContentPart:
+    def _has_content_of_type(self) -> ContentPart:
         if getattr(self, self.type) is None:
             raise ValueError(f"a part of type {self.type} needs the field {self.type}")
         return self
@@ -38,63 +50,83 @@ def _as_parts(value: Any) -> Any:
 
 
 class ChatMessage(OpenAIRequest):
-    role: Literal["system", "developer", "user", "assistant"] = Field(description="Whose message it is")
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="Role of the author")
     content: Annotated[list[ContentPart], BeforeValidator(_as_parts)] = Field(
-        description="A text, or a list of parts"
+        description="A string, or a list of content parts"
     )
-
-    def text(self) -> str:
-        """Its text parts, one after another."""
-        return "".join(part.text or "" for part in self.content)
 
 
 Messages = Annotated[list[ChatMessage], Field(min_length=1)]
 
 
-def _as_stops(value: Any) -> Any:
+def _as_stop_list(value: Any) -> Any:
     return [] if value is None else [value] if isinstance(value, str) else value
 
 
 Stop = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=200)]],
-    BeforeValidator(_as_stops),
+    BeforeValidator(_as_stop_list),
     Field(max_length=4),
 ]
-"""A text, or up to four: the answer ends before the first of them that comes."""
+"""Stop strings: one, or a list of up to four."""
 
 
 class StreamOptions(OpenAIRequest):
-    include_usage: bool = Field(False, description="End the stream with a chunk that has the usage")
+    include_usage: bool = Field(False, description="Send a last chunk with the usage of the request")
 
 
-class ChatCompletionRequest(OpenAIRequest):
-    """The body of POST /v1/chat/completions. What a worker does not have is told by `refuse_unserved`."""
+class OpenAIGenerationRequest(OpenAIRequest):
+    """What /v1/chat/completions and /v1/completions have in common.
 
-    # Other fields are kept, so that a worker can refuse those that would change its answer.
+    Unknown fields are kept: `refuse_unserved` finds those there that would change the answer.
+    """
+
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, protected_namespaces=())
 
+    model: str | None = Field(None, description="Name of the served model")
+    temperature: float | None = Field(
+        None, ge=0, le=2, description="Sampling temperature; 0: greedy decoding"
+    )
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="Nucleus sampling: probability mass of the tokens to sample from"
+    )
+    seed: int | None = Field(None, description="Random seed: equal requests with equal seeds repeat")
+    stop: Stop = Field(
+        default=[], description="Up to four strings that end the generation; they are not returned"
+    )
+    stream: bool | None = Field(None, description="Stream the response as server-sent events")
+    stream_options: StreamOptions | None = Field(None, description="Options of a stream")
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatCompletionRequest(OpenAIGenerationRequest):
+    """The body of POST /v1/chat/completions."""
+
     messages: Messages = Field(description="The conversation so far")
-    model: str | None = Field(None, description="The served model's name")
-    max_completion_tokens: int | None = Field(None, ge=1, description="The most tokens of the answer")
-    max_tokens: int | None = Field(None, ge=1, description="The older name of `max_completion_tokens`")
-    temperature: float | None = Field(None, ge=0, le=2, description="0: always the likeliest token")
-    top_p: float | None = Field(None, gt=0, le=1, description="Draw from the likeliest tokens of this sum")
-    seed: int | None = Field(None, description="The same seed gives the same answer")
-    stop: Stop = Field(default=[], description="The answer ends before the first of these, at most four")
-    stream: bool | None = Field(None, description="Send the answer in pieces")
-    stream_options: StreamOptions | None = Field(None, description="Only with `stream`")
+    max_completion_tokens: int | None = Field(None, ge=1, description="Maximum number of generated tokens")
+    max_tokens: int | None = Field(None, ge=1, description="Older name of `max_completion_tokens`")
 
 
 def refuse_unserved(request: OpenAIRequest, **neutral: Any) -> None:
-    """Raise JobError for a field that asks for what this worker does not have.
+    """Raise JobError for a field that this worker does not implement and that would change the answer.
 
-    neutral: each such field's value that asks for nothing (`n=1`); null and empty always do not.
+    neutral: the value of each such field that has no effect (`n=1`); null, 0 and empty values have none.
     """
     for name, value in (request.model_extra or {}).items():
         if name in neutral and value and value != neutral[name]:
-            raise JobError(
-                f"{name}: this worker does not have it. Leave it out.", param=name, code="unsupported"
-            )
+            raise invalid(name, "not supported by this worker. Leave it out.", "unsupported")
+
+
+# ---- responses -----------------------------------------------------------------------------------------
+
+
+def is_none(value: object) -> bool:
+    """For `Field(exclude_if=is_none)`: OpenAI leaves fields without a value out of its responses."""
+    return value is None
 
 
 class AnswerMessage(BaseModel):
@@ -102,24 +134,29 @@ class AnswerMessage(BaseModel):
     content: str | None
 
 
-class TopLogprob(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int] | None
+class TopLogprob(TypedDict):
+    """A dictionary, not a model: an answer may have a hundred thousand of them."""
+
+    token: Annotated[str, Field(description="Text of the token")]
+    logprob: Annotated[float, Field(description="Natural logarithm of its probability")]
+    bytes: Annotated[list[int] | None, Field(description="Its UTF-8 bytes; null for a part of a character")]
 
 
 class TokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
+    top_logprobs: Annotated[list[TopLogprob], Field(description="The most likely tokens at this position")]
+
+
+TokenLogprobs = Annotated[list[TokenLogprob], SkipValidation]
 
 
 class ChoiceLogprobs(BaseModel):
-    content: list[TokenLogprob]
+    content: TokenLogprobs
 
 
 class ChatChoice(BaseModel):
     index: int = 0
     message: AnswerMessage
-    logprobs: ChoiceLogprobs | None = None
+    logprobs: ChoiceLogprobs | None = Field(None, exclude_if=is_none)
     finish_reason: str
 
 
@@ -133,15 +170,15 @@ class ChatCompletion(BaseModel):
 
 
 class Delta(BaseModel):
-    role: Literal["assistant"] | None = None
-    content: str | None = None
+    role: Literal["assistant"] | None = Field(None, exclude_if=is_none)
+    content: str | None = Field(None, exclude_if=is_none)
 
 
 class ChunkChoice(BaseModel):
     index: int = 0
     delta: Delta
-    logprobs: ChoiceLogprobs | None = None
-    finish_reason: str | None = None
+    logprobs: ChoiceLogprobs | None = Field(None, exclude_if=is_none)
+    finish_reason: str | None = None  # null until the last chunk of a choice
 
 
 class ChatCompletionChunk(BaseModel):
@@ -150,4 +187,66 @@ class ChatCompletionChunk(BaseModel):
     created: int
     model: str
     choices: list[ChunkChoice]
-    usage: Usage | None = None
+    usage: Usage | None = Field(None, exclude_if=is_none)
+
+
+@dataclass(frozen=True)
+class ResponseHead:
+    """What the response of a request, and every chunk of it, has in common. created: seconds since 1970."""
+
+    id: str
+    created: int
+    model: str
+
+    @classmethod
+    def of(cls, prefix: Literal["chatcmpl", "cmpl"], job_id: str, model: str) -> ResponseHead:
+        return cls(f"{prefix}-{job_id}", int(time.time()), model)
+
+
+def chat_choice(
+    index: int, text: str, finish_reason: str, logprobs: list[TokenLogprob] | None = None
+) -> ChatChoice:
+    return ChatChoice(
+        index=index,
+        message=AnswerMessage(content=text),
+        logprobs=None if logprobs is None else ChoiceLogprobs(content=logprobs),
+        finish_reason=finish_reason,
+    )
+
+
+def chat_completion(head: ResponseHead, choices: Sequence[ChatChoice], usage: Usage) -> ChatCompletion:
+    return ChatCompletion(**vars(head), choices=list(choices), usage=usage)
+
+
+class ChatChunks:
+    """The server-sent events of one streamed chat completion.
+
+    The first chunk of a choice has the role, the last one the finish_reason and an empty delta.
+    """
+
+    def __init__(self, head: ResponseHead) -> None:
+        self._head = vars(head)
+        self._started: set[int] = set()  # indices of the choices whose role has been sent
+
+    def delta(self, index: int, text: str, logprobs: list[TokenLogprob] | None = None) -> str:
+        """New text of the choice `index`; "" where the chunk would be empty."""
+        first = index not in self._started
+        if not (first or text or logprobs):
+            return ""
+        self._started.add(index)
+        delta = Delta(role="assistant" if first else None, content=text)
+        return self._chunk(index, delta, logprobs=ChoiceLogprobs(content=logprobs) if logprobs else None)
+
+    def finish(self, index: int, finish_reason: str) -> str:
+        """The last chunk of the choice `index`."""
+        return self._chunk(index, Delta(), finish_reason=finish_reason)
+
+    def end(self, usage: Usage | None = None) -> str:
+        """The end of the stream, after a chunk with the usage where that is given."""
+        if usage is None:
+            return DONE
+        return sse(ChatCompletionChunk(**self._head, choices=[], usage=usage)) + DONE
+
+    def _chunk(self, index: int, delta: Delta, **fields: Any) -> str:
+        choice = ChunkChoice(index=index, delta=delta, **fields)
+        return sse(ChatCompletionChunk(**self._head, choices=[choice]))

@@ -14,8 +14,9 @@ import io
 import json
 import re
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext, suppress
+from typing import TypeVar
 
 from shared.errors import JobError, replace_lone_surrogates
 
@@ -27,6 +28,7 @@ _json = json.JSONEncoder(ensure_ascii=False).encode
 _BLANKS = re.compile("\n{3,}")
 _EVENT = re.compile(r".*?\n\n|.+", re.DOTALL)  # an event, or a text's last part
 _closings: set[asyncio.Task[None]] = set()
+T = TypeVar("T")
 
 
 async def relay(source: AsyncIterator[str], *, max_bytes: int = STREAM_LIMIT) -> AsyncIterator[str]:
@@ -147,6 +149,58 @@ async def coalesce(source: AsyncIterator[str], *, max_bytes: int = STREAM_LIMIT)
         job.remove_done_callback(stop)
         stop()
         await asyncio.wait([reader])
+
+
+async def merge_streams(sources: Sequence[AsyncIterator[T]]) -> AsyncGenerator[list[tuple[int, T]]]:
+    """The items of several streams, each with its stream's index: every list has all since the last list.
+
+    The first item comes at once, alone or with what came at the same time. An error of a source is raised
+    after the items that came before it. The sources are closed when all have ended, when this is closed and
+    when the task that iterates this ends, as `coalesce` closes its source.
+    """
+    items: list[tuple[int, T]] = []
+    changed = asyncio.Event()  # an item came, or a source ended
+
+    async def read(index: int, source: AsyncIterator[T]) -> None:
+        async with _closing(source):
+            async for item in source:
+                items.append((index, item))
+                changed.set()
+
+    readers = [asyncio.create_task(read(index, source)) for index, source in enumerate(sources)]
+
+    def ended(reader: asyncio.Task[None]) -> None:
+        if not reader.cancelled():
+            reader.exception()  # asyncio logs those that nobody has looked at
+        changed.set()
+
+    def stop(_: object = None) -> None:
+        for reader in readers:
+            if not reader.cancelling():  # a second cancel would interrupt the closing of the source
+                reader.cancel()
+
+    for reader in readers:
+        reader.add_done_callback(ended)
+    job = asyncio.current_task()
+    assert job is not None
+    job.add_done_callback(stop)
+    try:
+        while True:
+            changed.clear()
+            done = [reader for reader in readers if reader.done()]
+            if items:
+                batch, items[:] = items[:], []
+                yield batch
+                continue
+            for reader in done:
+                reader.result()
+            if len(done) == len(readers):
+                return
+            await changed.wait()
+    finally:
+        job.remove_done_callback(stop)
+        stop()
+        await asyncio.wait(readers)
 
 
 async def sse_events(body: AsyncIterator[bytes]) -> AsyncGenerator[str]:

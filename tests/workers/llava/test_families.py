@@ -1,25 +1,30 @@
 """The engine of the llava worker on the architectures that its README names, tiny and random.
 
-Each has its own way with pictures: in tiles, with a mask of their own, by cross attention, with places in
-three dimensions. Answers are token for token those of `generate`, and the same whatever runs beside them.
+Each treats images in its own way: tiles, a mask of their own, cross attention, positions in three dimensions.
+Answers are token for token those of `generate`, and the same whatever runs beside them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
 import pytest
+import torch
+import transformers as hf
+from PIL import Image
 
-from shared.generation import Generator, SamplingParams, joins
+from serving.continuous_batching.generator import Generator
+from serving.continuous_batching.kv_cache import supports_joining_batches
+from serving.continuous_batching.sampling import SamplingParams
 from tools.models.tiny_llava import processor
 
 pytestmark = pytest.mark.engine
 
-Read = Callable[[Sequence[Any], str], Any]  # pictures and a question -> the model's inputs
+Read = Callable[[Sequence[Any], str], Any]  # images and a question -> the model's inputs
 TEXT = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 2048, "initializer_range": 0.3,
@@ -36,8 +41,6 @@ def tokenizer(image: str = "<image>", *more: str) -> Any:
 
 
 def llava_next() -> tuple[Any, Any, Read]:
-    import transformers as hf
-
     text, grid = tokenizer(), [[30, 60], [60, 30], [60, 60]]
     images = hf.LlavaNextImageProcessorPil(
         size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30}, image_grid_pinpoints=grid
@@ -53,15 +56,13 @@ def llava_next() -> tuple[Any, Any, Read]:
         vision_feature_select_strategy="default",
     )  # fmt: skip
 
-    def read(pictures: Sequence[Any], question: str) -> Any:
-        return made(text="<image>\n" * len(pictures) + question, images=pictures or None, return_tensors="pt")
+    def read(images: Sequence[Any], question: str) -> Any:
+        return made(text="<image>\n" * len(images) + question, images=images or None, return_tensors="pt")
 
     return hf.LlavaNextForConditionalGeneration(config), text, read
 
 
 def idefics3() -> tuple[Any, Any, Read]:
-    import transformers as hf
-
     text = tokenizer("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
     images = hf.Idefics3ImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
     made = hf.Idefics3Processor(image_processor=images, tokenizer=text, image_seq_len=4)
@@ -70,10 +71,10 @@ def idefics3() -> tuple[Any, Any, Read]:
         vision_config={**VISION, "image_size": 28, "patch_size": 7}, scale_factor=2, pad_token_id=3,
     )  # fmt: skip
 
-    def read(pictures: Sequence[Any], question: str) -> Any:
+    def read(images: Sequence[Any], question: str) -> Any:
         return made(
-            text="<image>" * len(pictures) + question,
-            images=[pictures] if pictures else None,
+            text="<image>" * len(images) + question,
+            images=[images] if images else None,
             return_tensors="pt",
         )
 
@@ -81,8 +82,6 @@ def idefics3() -> tuple[Any, Any, Read]:
 
 
 def gemma3() -> tuple[Any, Any, Read]:
-    import transformers as hf
-
     text = tokenizer("<image>", "<start>", "<end>")
     for name, mark in (("boi_token", "<start>"), ("eoi_token", "<end>")):
         setattr(text, name, mark)
@@ -99,15 +98,13 @@ def gemma3() -> tuple[Any, Any, Read]:
         boi_token_index=text.boi_token_id, eoi_token_index=text.eoi_token_id,
     )  # fmt: skip
 
-    def read(pictures: Sequence[Any], question: str) -> Any:
-        return made(text="<start>" * len(pictures) + question, images=pictures or None, return_tensors="pt")
+    def read(images: Sequence[Any], question: str) -> Any:
+        return made(text="<start>" * len(images) + question, images=images or None, return_tensors="pt")
 
     return hf.Gemma3ForConditionalGeneration(config), text, read
 
 
 def mllama() -> tuple[Any, Any, Read]:
-    import transformers as hf
-
     text = tokenizer("<|image|>", "<|python_tag|>")
     images = hf.MllamaImageProcessorPil(size={"height": 28, "width": 28}, max_image_tiles=2)
     made = hf.MllamaProcessor(image_processor=images, tokenizer=text)
@@ -126,10 +123,10 @@ def mllama() -> tuple[Any, Any, Read]:
         image_token_index=text.image_token_id,
     )  # fmt: skip
 
-    def read(pictures: Sequence[Any], question: str) -> Any:
+    def read(images: Sequence[Any], question: str) -> Any:
         return made(
-            text="<|image|>" * len(pictures) + question,
-            images=[pictures] if pictures else None,
+            text="<|image|>" * len(images) + question,
+            images=[images] if images else None,
             return_tensors="pt",
         )
 
@@ -138,9 +135,6 @@ def mllama() -> tuple[Any, Any, Read]:
 
 def qwen2_5_vl() -> tuple[Any, Any, Read]:
     """Its processor needs torchvision, so its inputs are made here as that would make them."""
-    import torch
-    import transformers as hf
-
     text = tokenizer("<image>", "<vision>", "</vision>", "<video>")
     marks = [text.convert_tokens_to_ids(mark) for mark in ("<vision>", "<image>", "</vision>", "<video>")]
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
@@ -154,8 +148,8 @@ def qwen2_5_vl() -> tuple[Any, Any, Read]:
         video_token_id=marks[3],
     )  # fmt: skip
 
-    def read(pictures: Sequence[Any], question: str) -> Any:
-        sizes = [(2, 2) if picture.width < 100 else (2, 4) for picture in pictures]
+    def read(images: Sequence[Any], question: str) -> Any:
+        sizes = [(2, 2) if image.width < 100 else (2, 4) for image in images]
         ids = [1]
         for height, width in sizes:
             ids += [marks[0], *[marks[1]] * (height * width // 4), marks[2]]
@@ -166,7 +160,7 @@ def qwen2_5_vl() -> tuple[Any, Any, Read]:
             "mm_token_type_ids": (input_ids == marks[1]).int(),
         }
         if sizes:
-            colours = [float(picture.getpixel((0, 0))[0]) / 255 for picture in pictures]
+            colours = [float(image.getpixel((0, 0))[0]) / 255 for image in images]
             patches = [
                 torch.full((height * width, 3 * 2 * 16), colour)
                 for (height, width), colour in zip(sizes, colours, strict=True)
@@ -178,17 +172,6 @@ def qwen2_5_vl() -> tuple[Any, Any, Read]:
     return hf.Qwen2_5_VLForConditionalGeneration(config), text, read
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small are much slower on two threads."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize(
     ("family", "joining"),
     [(llava_next, True), (idefics3, True), (gemma3, False), (mllama, False), (qwen2_5_vl, False)],
@@ -196,37 +179,34 @@ def one_thread() -> Iterator[None]:
 async def test_answers_are_those_of_generate(
     family: Callable[[], tuple[Any, Any, Read]], joining: bool
 ) -> None:
-    import torch
-    from PIL import Image
-
     torch.manual_seed(0)
     model, text, read = family()
     model.eval().generation_config.update(eos_token_id=2, pad_token_id=3)
-    assert joins(model) == joining
-    engine = Generator(model, text)
+    assert supports_joining_batches(model) == joining
+    generator = Generator(model, text)
     draw = random.Random(0)
-    asked = []
+    requests = []
     for number in range(14):
-        pictures = [
+        images = [
             Image.new("RGB", draw.choice([(50, 50), (120, 50), (40, 90)]), (draw.randrange(255), 9, 9))
             for _ in range((1, 1, 2, 0)[number % 4])
         ]
         question = "".join(draw.choice("abc de ") for _ in range(draw.randrange(1, 30)))
-        sampling = SamplingParams(draw.randrange(5, 40), (0.0, 0.0, 1.0)[number % 3], seed=number)
-        asked.append((dict(read(pictures, question)), sampling))
+        params = SamplingParams(draw.randrange(5, 40), (0.0, 0.0, 1.0)[number % 3], seed=number)
+        requests.append((dict(read(images, question)), params))
 
     async def ask(number: int, after: float = 0.0) -> tuple[str, int]:
         await asyncio.sleep(after)
-        async with aclosing(engine.stream(*asked[number], each=False)) as pieces:
-            piece = await anext(pieces)
-        return piece.text, piece.tokens
+        async with aclosing(generator.stream(*requests[number], each=False)) as deltas:
+            delta = await anext(deltas)
+        return delta.text, delta.num_tokens
 
     alone = [await ask(number) for number in range(14)]
     assert await asyncio.gather(*(ask(number, 0.01 * number) for number in range(14))) == alone
-    assert len(set(alone)) > 8, "the pictures and questions make a difference"
-    for (inputs, sampling), answer in zip(asked, alone, strict=True):
-        if not sampling.temperature:
-            out = model.generate(**inputs, max_new_tokens=sampling.max_tokens, do_sample=False)
+    assert len(set(alone)) > 8, "the images and questions make a difference"
+    for (inputs, params), answer in zip(requests, alone, strict=True):
+        if not params.temperature:
+            out = model.generate(**inputs, max_new_tokens=params.max_tokens, do_sample=False)
             new = out[0, inputs["input_ids"].shape[1] :].tolist()
             assert answer == (text.decode(new, skip_special_tokens=True), len(new))
-    engine.close()
+    generator.close()

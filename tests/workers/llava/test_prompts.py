@@ -1,0 +1,328 @@
+"""Requests as conversations, and conversations as the model's inputs."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import threading
+from types import ModuleType
+from typing import Any
+
+import pytest
+from PIL import Image
+from transformers import AutoProcessor
+
+from serving.openai_chat import ChatCompletionRequest
+from shared.errors import JobError
+from shared.requests import validate
+from tests.helpers import error, longest_stall, send, until
+from tests.workers.llava.in_process import (
+    WHAT,
+    answer_to,
+    encoded,
+    image_part,
+    png,
+    question,
+    text_part,
+)
+from tools.models import local_env
+from tools.models.tiny_llava import ENDLESS
+from tools.workers import load_module
+
+pytestmark = pytest.mark.engine
+schemas = load_module("llava", "schemas")
+prompts = load_module("llava", "prompts")
+
+
+def native(**payload: Any) -> Any:
+    return prompts.read_conversation(validate(schemas.LlavaRequest, payload))
+
+
+def chat(*messages: dict[str, Any], **payload: Any) -> Any:
+    return prompts.read_conversation(validate(ChatCompletionRequest, {"messages": list(messages), **payload}))
+
+
+# ---- requests ------------------------------------------------------------------------------------------
+
+
+def test_all_forms_of_a_request_give_the_same_conversation() -> None:
+    assert native(image="abc", prompt="Why?").messages == [
+        ("user", [prompts.ImageSource("abc", "image"), "Why?"])
+    ]
+    full = native(images=["a", "b"], system="Be brief.")
+    messages: list[dict[str, Any]] = [
+        {"role": "developer", "content": "Be brief."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": "a"},
+                {"type": "image_url", "image_url": {"url": "b", "detail": "low"}},
+                text_part(schemas.DEFAULT_PROMPT),
+            ],
+        },
+    ]
+    same = chat(*messages, user="me", n=1, tools=[])
+    assert native(messages=messages) == same
+    assert (full.param, same.param) == ("prompt", "messages")
+    assert [image.param for image in full.images] == ["images.0", "images.1"]
+    assert [image.param for image in same.images] == [
+        f"messages.1.content.{number}.image_url.url" for number in (0, 1)
+    ]
+
+    def plain(conversation: Any) -> Any:
+        return [(role, [getattr(part, "source", part) for part in parts])
+                for role, parts in conversation.messages]  # fmt: skip
+
+    assert plain(full) == plain(same)
+    assert native(messages=[{"role": "user", "content": "hello"}]).messages == [("user", ["hello"])]
+
+
+@pytest.mark.parametrize(
+    ("payload", "param", "code"),
+    [
+        ({}, "image", "missing_field"),
+        ({"image": "a", "images": ["b"]}, "images", "invalid_value"),
+        ({"messages": [], "stream": True}, "messages", "invalid_value"),
+        ({"messages": question("red"), "prompt": "Why?"}, "prompt", "invalid_value"),
+        ({"messages": question("red"), "image": "a"}, "image", "invalid_value"),
+        ({"image": "a", "max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"image": "a", "temperature": 2.1}, "temperature", "invalid_value"),
+        ({"image": "a", "top_p": 0}, "top_p", "invalid_value"),
+        ({"image": "a", "stop": list("abcde")}, "stop", "invalid_value"),
+        ({"image": "a", "stop": [""]}, "stop.0", "invalid_value"),
+        ({"image": 5}, "image", "invalid_value"),
+        ({"image": "a", "max_token": 5}, "max_token", "unknown_field"),
+        ({"images": ["a"] * 33}, "images", "invalid_value"),
+        ({"messages": [{"role": "user", "content": [image_part("a")] * 33}]}, "messages", "too_many_images"),
+        ({"messages": [{"role": "cook", "content": "hi"}]}, "messages.0.role", "invalid_value"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages.0.content.0",
+            "invalid_value",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": [image_part("a")]}]},
+            "messages.0.content.0",
+            "invalid_value",
+        ),
+    ],
+)
+def test_invalid_fields_are_refused_by_name(payload: dict[str, Any], param: str, code: str) -> None:
+    with pytest.raises(JobError) as caught:
+        native(**payload)
+    assert (caught.value.param, caught.value.code) == (param, code)
+    assert param in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("n", 2), ("logprobs", True), ("tools", [{"type": "function"}]), ("frequency_penalty", 0.5),
+     ("response_format", {"type": "json_object"}), ("logit_bias", {"5": 1})],
+)  # fmt: skip
+def test_openai_fields_without_a_meaning_here_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(JobError) as caught:
+        chat({"role": "user", "content": "hi"}, **{field: value})
+    assert (caught.value.param, caught.value.code) == (field, "unsupported")
+
+
+# ---- images --------------------------------------------------------------------------------------------
+
+
+def red_images() -> dict[str, str]:
+    red, turned = Image.new("RGB", (64, 48), "red"), Image.new("RGB", (48, 64), "red")
+    exif = turned.getexif()
+    exif[0x0112] = 6  # turned by a quarter
+    frames = [red, Image.new("RGB", (64, 48), "blue")]
+    return {
+        "jpeg": encoded(red, format="JPEG", quality=95),
+        "webp": encoded(red, format="WEBP", lossless=True),
+        "bmp": encoded(red, format="BMP"),
+        "opaque rgba": encoded(red.convert("RGBA")),
+        "palette": encoded(red.convert("P", palette=Image.Palette.ADAPTIVE)),
+        "cmyk": encoded(red.convert("CMYK"), format="TIFF"),
+        "exif": encoded(turned, format="JPEG", quality=95, exif=exif),
+        "animated": encoded(frames[0], format="GIF", save_all=True, append_images=frames[1:]),
+        "1 x 1": png("red", (1, 1)),
+        "1 x 300": png("red", (1, 300)),
+        "300 x 3": png("red", (300, 3)),
+        "large": png("red", (3000, 2000)),
+        "url-safe base64": png("red").replace("+", "-").replace("/", "_"),
+    }
+
+
+WHITE_IMAGES = {
+    "transparent": png((255, 0, 0, 0), mode="RGBA"),
+    "grey": png(255, mode="L"),
+    "1 bit": png(1, mode="1"),
+    "16 bit": encoded(Image.new("I;16", (64, 48), 65535)),
+}
+IMAGES = [(image, "red") for image in red_images().values()] + [(i, "white") for i in WHITE_IMAGES.values()]
+
+
+@pytest.mark.parametrize(("image", "colour"), IMAGES, ids=[*red_images(), *WHITE_IMAGES])
+async def test_image_formats(worker: ModuleType, image: str, colour: str) -> None:
+    assert (await send(worker.handler, image=image, prompt=WHAT))["response"] == answer_to(colour)
+
+
+@pytest.mark.parametrize(
+    ("image", "code"),
+    [
+        ("", "empty"),
+        ("no base64!", "bad_base64"),
+        (base64.b64encode(b"%PDF-1.7 named picture.png").decode(), "bad_image"),
+        (png("red", (500, 500))[:200], "bad_image"),
+        ("data:image/png;base64", "bad_url"),
+        ("file:///etc/passwd", "bad_url"),
+        ("/etc/passwd", "bad_image"),
+        ("http://127.0.0.1:9/picture.png", "download_failed"),
+    ],
+)
+async def test_unreadable_images_fail_their_own_job(worker: ModuleType, image: str, code: str) -> None:
+    """Alone, in a list and in a conversation, beside a job that is answered."""
+    good, *problems = await asyncio.gather(
+        send(worker.handler, image=png("red"), prompt=WHAT),
+        error(worker.handler, image=image),
+        error(worker.handler, images=[png("red"), image]),
+        error(worker.handler, messages=[{"role": "user", "content": [image_part(image)]}]),
+    )
+    assert good["response"] == answer_to("red")
+    params = ["image", "images.1", "messages.0.content.0.image_url.url"]
+    assert [(problem["param"], problem["code"]) for problem in problems] == [
+        (param, code) for param in params
+    ]
+    assert "root:" not in str(problems)
+
+
+async def test_any_number_of_images(worker: ModuleType) -> None:
+    async def prompt_tokens(**payload: Any) -> int:
+        return int((await send(worker.handler, max_tokens=1, **payload))["usage"]["prompt_tokens"])
+
+    one = await prompt_tokens(image=png("red"))
+    # An image is nine tokens here, and its line feed one.
+    assert await prompt_tokens(images=[png("red")] * 20) == one + 19 * 10
+    assert await prompt_tokens(prompt=WHAT) < one
+    system, reply = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "a red car"}
+    messages = [system, *question("red"), reply, *question("blue")]
+    swapped = [system, *question("blue"), reply, *question("red")]
+    assert await prompt_tokens(messages=messages) > 2 * one
+    answers = [
+        (await send(worker.handler, messages=order, max_tokens=40))["response"]
+        for order in (messages, swapped)
+    ]
+    assert answers[0] != answers[1], "each image stays in its message"
+
+
+async def test_images_are_decoded_beside_the_model(
+    worker: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While an image is being decoded, other jobs' answers go on."""
+    decoding, go_on = threading.Event(), threading.Event()
+    load_image = prompts.load_image
+
+    def hold(data: bytes, *, param: str) -> Any:
+        decoding.set()
+        assert go_on.wait(60)
+        return load_image(data, param=param)
+
+    payload = {"image": png("red"), "prompt": ENDLESS, "max_tokens": 3000, "stream": True}
+    running = worker.handler.stream({"id": "1", "input": payload})
+    await anext(running)
+    monkeypatch.setattr(prompts, "load_image", hold)
+    waiting = asyncio.create_task(send(worker.handler, image=png("blue"), prompt=WHAT))
+    await until(decoding.is_set)
+    assert (await anext(running))["response"]
+    assert not waiting.done()
+    go_on.set()
+    assert (await waiting)["response"] == answer_to("blue")
+    await running.aclose()
+    await until(lambda: worker.engine.generator.running is None)
+
+
+async def test_large_images_leave_the_event_loop_free(worker: ModuleType) -> None:
+    images = [encoded(Image.effect_noise((2500, 2000), 90))] * 4
+    with longest_stall() as stall:
+        answer = await send(worker.handler, images=images, max_tokens=2)
+    assert answer["usage"]["completion_tokens"] <= 2
+    assert stall[0] < 0.1
+
+
+# ---- texts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        {"image": png("red"), "prompt": "What is <image>?"},
+        {"prompt": "<image>"},
+        {"image": png("red"), "system": "<image>"},
+        {"messages": [{"role": "assistant", "content": "<image>"}, *question("red")]},
+    ],
+    ids=["prompt", "alone", "system", "messages"],
+)
+async def test_the_image_token_is_reserved(worker: ModuleType, payload: dict[str, Any]) -> None:
+    problem = await error(worker.handler, **payload)
+    assert problem["code"] == "reserved_text"
+    assert "'<image>'" in problem["message"]
+
+
+async def test_texts_like_the_image_token_are_not_reserved(worker: ModuleType) -> None:
+    prompt = "</image> < image > <img>"
+    assert (await send(worker.handler, image=png("red"), prompt=prompt, max_tokens=1))["usage"]
+
+
+@pytest.fixture
+def processor() -> Any:
+    return AutoProcessor.from_pretrained(local_env("llava")["MODEL_NAME"])
+
+
+async def encode(worker: ModuleType, processor: Any, **payload: Any) -> str:
+    """The prompt as the model gets it."""
+    reader = prompts.PromptReader(worker.engine.generator, processor)
+    inputs, _ = await reader.read(validate(schemas.LlavaRequest, payload))
+    return str(processor.decode(inputs["input_ids"][0]))
+
+
+async def test_a_template_that_refuses(worker: ModuleType, processor: Any) -> None:
+    processor.chat_template = "{{ raise_exception('Roles must alternate.') }}"
+    with pytest.raises(JobError) as caught:
+        await encode(worker, processor, prompt="hi")
+    assert (caught.value.param, caught.value.code) == ("prompt", "bad_prompt")
+    assert "Roles must alternate." in caught.value.message
+
+
+async def test_a_template_that_takes_parts_from_users_only(worker: ModuleType, processor: Any) -> None:
+    """As Pixtral's does; LLaVA's own takes nothing but parts."""
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        *question("red", "What?"),
+        {"role": "assistant", "content": [text_part("A "), text_part("car.")]},
+        {"role": "user", "content": "Why?"},
+    ]
+    assert prompts.template_takes_parts(processor)
+    assert "Be brief. USER: <image>" in await encode(worker, processor, messages=messages)
+    processor.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'user' %}"
+        "{% for part in message['content'] %}"
+        "{{ '<image>' if part['type'] == 'image' else '[' + part['text'] + ']' }}{% endfor %}"
+        "{% elif message['role'] == 'assistant' %}{{ message['content'] + '</s>' }}"
+        "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+    )
+    assert not prompts.template_takes_parts(processor)
+    text = await encode(worker, processor, messages=messages)
+    assert text == f"<s>Be brief.{'<image>' * 9}[What?]A car.</s>[Why?]"
+
+
+@pytest.mark.parametrize(
+    ("payload", "param", "numbers"),
+    [
+        ({"prompt": "\u00e9" * 3000}, "prompt", ["6016 tokens", "4096"]),
+        ({"prompt": WHAT, "max_tokens": 4074}, "max_tokens", ["23", "4097", "4096", "4073"]),
+    ],
+)
+async def test_prompts_that_are_too_long(
+    worker: ModuleType, payload: dict[str, Any], param: str, numbers: list[str]
+) -> None:
+    """The tiny model takes 4096 tokens; a letter is one."""
+    problem = await error(worker.handler, image=png("red"), **payload)
+    assert (problem["param"], problem["code"]) == (param, "too_long")
+    assert all(number in problem["message"] for number in numbers)

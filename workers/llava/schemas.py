@@ -1,0 +1,91 @@
+"""Settings, requests and responses. OpenAI's route has those of serving.openai_chat."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, Field, model_validator
+
+from serving.openai_chat import ChatCompletion, ChatCompletionRequest, Messages, Stop
+from shared.errors import invalid
+from shared.openai import ModelList, ModelsRequest, Usage
+from shared.requests import Request
+from shared.settings import WorkerSettings
+
+DEFAULT_MAX_TOKENS = 512
+DEFAULT_PROMPT = "Describe this image."
+MAX_IMAGES = 32
+
+
+class Settings(WorkerSettings):
+    model_name: str = Field(
+        "llava-hf/llava-1.5-7b-hf", description="Model id on the Hugging Face Hub, or a folder"
+    )
+    streaming: bool = Field(
+        True, description="Run as a generator, which can stream; false: complete answers only"
+    )
+    max_model_len: int | None = Field(
+        None, ge=16, description="Maximum tokens of a prompt with its output; unset: the model's own limit"
+    )
+    max_batch_size: int = Field(32, ge=1, le=1024, description="Maximum number of sequences in a batch")
+    max_batch_tokens: int | None = Field(
+        None, ge=16, description="Maximum tokens in the KV cache; unset: what fits the GPU's free memory"
+    )
+
+
+class LlavaRequest(Request):
+    image: str | None = Field(None, description="An image: base64, a `data:` URI or an http(s) URL")
+    images: list[str] = Field(
+        default=[], max_length=MAX_IMAGES, description="Several images, instead of `image`"
+    )
+    prompt: str = Field(DEFAULT_PROMPT, max_length=200_000, description="The question or instruction")
+    system: str | None = Field(None, max_length=200_000, description="The system message")
+    messages: Messages | None = Field(
+        None, description="A conversation in OpenAI's form, instead of `prompt`, `image`, `images`, `system`"
+    )
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        le=32768,
+        description="Maximum number of generated tokens; unset: 512, or as many as the model has left",
+    )
+    temperature: float = Field(0.0, ge=0, le=2, description="Sampling temperature; 0: greedy decoding")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Nucleus sampling: probability mass of the tokens to sample from"
+    )
+    seed: int | None = Field(
+        None, description="Random seed: equal requests with equal seeds repeat; unset: random"
+    )
+    stop: Stop = Field(
+        default=[], description="Up to four strings that end the generation; they are not returned"
+    )
+    stream: bool = Field(False, description="Stream the answer while it is generated")
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> LlavaRequest:
+        given = self.model_fields_set
+        if self.messages is not None:
+            for name in ("prompt", "image", "images", "system"):
+                if name in given and getattr(self, name):
+                    raise invalid(name, "cannot be combined with messages. Send one of them.")
+        elif self.image is not None and self.images:
+            raise invalid("images", "cannot be combined with image. Send one of them.")
+        elif self.image is None and not self.images and "prompt" not in given:
+            raise invalid("image", "no image. Send image, or images for several.", "missing_field")
+        return self
+
+
+class LlavaResponse(BaseModel):
+    response: str = Field(description="The generated text, without the prompt")
+    finish_reason: str = Field(
+        description="`stop`: end-of-sequence token or stop string; `length`: `max_tokens` reached"
+    )
+    usage: Usage
+    model: str = Field(description="Name of the model, SERVED_MODEL_NAME or MODEL_NAME")
+    revision: str | None = Field(description="Commit of the model, where known")
+
+
+GenerationRequest = LlavaRequest | ChatCompletionRequest
+Answer = LlavaResponse | ChatCompletion | ModelList
+ROUTES: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/models": ModelsRequest,
+}
