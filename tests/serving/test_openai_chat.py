@@ -30,19 +30,19 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 def nulls(value: Any, path: str = "") -> list[str]:
     """The paths of all nulls in a JSON value."""
     if isinstance(value, dict):
-        return [found for name, part in value.items() for found in nulls(part, f"{path}.{name}")]
+        return [null for name, part in value.items() for null in nulls(part, f"{path}.{name}")]
     if isinstance(value, list):
-        return [found for part in value for found in nulls(part, f"{path}[]")]
+        return [null for part in value for null in nulls(part, f"{path}[]")]
     return [path] if value is None else []
 
 
 def test_a_completion_is_what_the_client_parses() -> None:
     choices = [chat_choice(0, "hello", "stop"), chat_choice(1, "", "length", LOGPROBS)]
-    made = chat_completion(HEAD, choices, usage(3, 4)).model_dump(mode="json")
-    parsed = chat.ChatCompletion.model_validate(made, strict=True)
-    assert parsed.model_dump(mode="json", exclude_unset=True) == made
-    assert nulls(made) == []
-    assert made["choices"][0] == {
+    response = chat_completion(HEAD, choices, usage(3, 4)).model_dump(mode="json")
+    parsed = chat.ChatCompletion.model_validate(response, strict=True)
+    assert parsed.model_dump(mode="json", exclude_unset=True) == response
+    assert nulls(response) == []
+    assert response["choices"][0] == {
         "index": 0, "message": {"role": "assistant", "content": "hello"}, "finish_reason": "stop",
     }  # fmt: skip
 

@@ -27,8 +27,8 @@ def refuse_unsupported(request: OpenAICall) -> None:
         suffix="",
         num_beams=1,
     )
-    asked = (request.model_extra or {}).get("logprobs")  # 0 asks for those of the generated tokens alone
-    if asked is not None and asked is not False:
+    logprobs = (request.model_extra or {}).get("logprobs")  # 0 asks for those of the generated tokens alone
+    if logprobs is not None and logprobs is not False:
         message = "this worker has none on /v1/completions, vllm has them. Use chat completions or vllm."
         raise invalid("logprobs", message, "unsupported")
 

@@ -93,7 +93,7 @@ def load(settings: Settings) -> Engine:
         if adapters:
             from .lora import load_adapters
 
-            set_adapters = load_adapters(model, {name: found.path for name, found in adapters.items()})
+            set_adapters = load_adapters(model, {name: folder.path for name, folder in adapters.items()})
         phase.bytes = sum(weight.nbytes for weight in model.parameters())
     generator = Generator(
         model,

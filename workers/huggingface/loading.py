@@ -1,4 +1,4 @@
-"""Model and tokenizer from a folder, quantised where asked, and what a load that fails says."""
+"""Model and tokenizer from a folder, quantised on request, and the cause of a failed load."""
 
 from __future__ import annotations
 
@@ -67,27 +67,32 @@ def load_model(
     return model.eval(), AutoTokenizer.from_pretrained(path, **hub)
 
 
-def quantization_config(asked: str | None, config: Any, dtype: torch.dtype, *, name: str) -> dict[str, Any]:
+def quantization_config(
+    quantization: str | None, config: Any, dtype: torch.dtype, *, name: str
+) -> dict[str, Any]:
     """`from_pretrained`'s arguments for QUANTIZATION; it reads a quantised checkpoint's by itself.
 
-    asked: bitsandbytes-8bit, bitsandbytes-4bit, or the method that the checkpoint is quantised with.
+    quantization: bitsandbytes-8bit, bitsandbytes-4bit, or the method that the checkpoint is quantised with.
     """
     present = getattr(config, "quantization_config", None) or {}
     method = present.get("quant_method") if isinstance(present, dict) else present.quant_method
-    if asked in (None, method):
+    if quantization in (None, method):
         return {}
     if method is not None:
-        message = f"QUANTIZATION={asked}: {name} is already quantised, with {method}. Leave QUANTIZATION out."
-        raise StartError(message, code="bad_setting")
-    if asked in ("awq", "gptq"):
         raise StartError(
-            f"QUANTIZATION={asked}: {name} is not quantised. Use a checkpoint quantised with {asked}, or "
-            "bitsandbytes-4bit, which quantises any model.",
+            f"QUANTIZATION={quantization}: {name} is already quantised, with {method}. Leave QUANTIZATION "
+            "out.",
+            code="bad_setting",
+        )
+    if quantization in ("awq", "gptq"):
+        raise StartError(
+            f"QUANTIZATION={quantization}: {name} is not quantised. Use a checkpoint quantised with "
+            f"{quantization}, or bitsandbytes-4bit, which quantises any model.",
             code="bad_setting",
         )
     # It logs at every matrix product that it casts to float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    if asked == "bitsandbytes-8bit":
+    if quantization == "bitsandbytes-8bit":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     four_bit = BitsAndBytesConfig(
         load_in_4bit=True,

@@ -59,8 +59,8 @@ async def test_greedy_answers_are_those_of_generate(family: ModuleType) -> None:
     sampled = [{"prompt": "The sea", "max_tokens": 25, "temperature": 1.5, "seed": i} for i in range(4)]
 
     async def answers(*requests: dict[str, Any]) -> list[tuple[str, int, str]]:
-        found = await asyncio.gather(*(send(family.handler, **request) for request in requests))
-        return [(a["response"], a["usage"]["completion_tokens"], a["finish_reason"]) for a in found]
+        results = await asyncio.gather(*(send(family.handler, **request) for request in requests))
+        return [(a["response"], a["usage"]["completion_tokens"], a["finish_reason"]) for a in results]
 
     together = await answers(*requests, *sampled)
     assert together[:16] == expected

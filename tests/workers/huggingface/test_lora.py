@@ -88,8 +88,8 @@ def expected(adapters: dict[str, Path], worker: ModuleType) -> dict[str | None, 
 
 async def together(worker: ModuleType, names: Any) -> dict[Any, list[str]]:
     """The answers to PROMPTS with each adapter, all in one batch."""
-    asked = [(name, prompt) for prompt in PROMPTS for name in names]
-    answers = await asyncio.gather(*(response(worker, prompt, lora=name) for name, prompt in asked))
+    requests = [(name, prompt) for prompt in PROMPTS for name in names]
+    answers = await asyncio.gather(*(response(worker, prompt, lora=name) for name, prompt in requests))
     return {name: answers[number :: len(names)] for number, name in enumerate(names)}
 
 

@@ -130,8 +130,8 @@ def test_prompts_are_read_without_a_job(worker: ModuleType) -> None:
     async def read() -> Any:
         return await prompts.read(validate(schemas.GenerateRequest, {"prompt": "a", "n": 2, "seed": 5}))
 
-    found = asyncio.run(read())
-    assert [params.seed for _, params in found.sequences] == [5, 6]
-    assert found.prompt_tokens == found.sequences[0][0]["input_ids"].shape[1]
+    result = asyncio.run(read())
+    assert [params.seed for _, params in result.sequences] == [5, 6]
+    assert result.prompt_tokens == result.sequences[0][0]["input_ids"].shape[1]
     with pytest.raises(JobError):
         asyncio.run(prompts.read(validate(schemas.GenerateRequest, {"prompt": "a " * 9000})))

@@ -34,10 +34,10 @@ def test_logprobs_have_the_text_and_bytes_of_their_tokens() -> None:
     from serving.continuous_batching.sampling import Logprob
 
     entry = Logprob(1, -0.25, ((1, -0.25), (2, float("-inf"))))
-    (found,) = responses.LogprobReader(Tokenizer()).read([entry])
+    (entry,) = responses.LogprobReader(Tokenizer()).read([entry])
     likely = {"token": "a", "logprob": -0.25, "bytes": [97]}
     unlikely = {"token": "\ufffd", "logprob": -9999.0, "bytes": None}
-    assert found == {**likely, "top_logprobs": [likely, unlikely]}
+    assert entry == {**likely, "top_logprobs": [likely, unlikely]}
     assert responses.LogprobReader(Tokenizer()).read([Logprob(3, 0.0)])[0]["bytes"] == [195, 169]
 
 
