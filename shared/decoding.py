@@ -21,8 +21,8 @@ from shared.errors import JobError, invalid
 
 MAX_BYTES = 50 * 2**20
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30}):")
-# Characters decoded at a time, a multiple of 4. One C call over 50 MB holds the interpreter lock, and so stops
-# the event loop, for 0.4 s even on another thread.
+# Characters decoded at a time, a multiple of 4. One C call over 50 MB holds the interpreter lock, and so
+# stops the event loop, for 0.4 s even on another thread.
 _PART = 2**20
 _STANDARD = bytes.maketrans(b"-_", b"+/")
 _SOCKET_TIMEOUT_S = 10.0
