@@ -54,7 +54,7 @@ class EmbedResponse(BaseModel):
     dimensions: int = Field(description="Length of each embedding")
     count: int = Field(description="Number of embeddings")
     truncated: int = Field(description="How many texts were cut to the model's length")
-    usage: Usage
+    usage: Usage = Field(description="Counts of tokens")
 
 
 # ---- OpenAI's ------------------------------------------------------------------------------------------

@@ -112,4 +112,4 @@ class RerankResponse(BaseModel):
         description="Whether a reranker read each pair or embeddings were compared"
     )
     truncated: int = Field(description="How many documents were cut to the model's length")
-    usage: Usage
+    usage: Usage = Field(description="Counts of tokens")

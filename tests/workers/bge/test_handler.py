@@ -165,16 +165,6 @@ async def test_the_embeddings_route_knows_queries_from_documents(use: Callable[.
     assert [model["id"] for model in (await openai("/v1/models"))["data"]] == ["intfloat/e5-small"]
 
 
-@pytest.mark.parametrize("name", ["bge-small-en", "e5-small", "rank-bert"])
-async def test_required_fields_are_enough(use: Callable[..., Any], name: str) -> None:
-    engine = use(name)
-    if engine.embedder:
-        assert (await send(texts=["a"]))["count"] == 1
-        assert (await openai("/v1/embeddings", input="a"))["data"][0]["index"] == 0
-    assert len((await send(query="a", documents=["b"]))["results"]) == 1
-    assert len((await openai("/v1/rerank", query="a", documents=["b"]))["results"]) == 1
-
-
 # ---- reranking -----------------------------------------------------------------------------------------
 
 
