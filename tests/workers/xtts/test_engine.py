@@ -1,20 +1,22 @@
-"""The speech engine and its vocoder: segments of text as audio, many at a time."""
+"""The speech engine and its vocoder: segments of text as audio, many at a time.
+
+Failures and closing are the scheduler's: tests/serving/continuous_batching/test_decode_loop.py.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from serving.continuous_batching.sampling import SamplingParams
-from shared.errors import ENGINE_DIED, JobError
+from shared.errors import JobError
 from tests.helpers import until
 from tests.workers.xtts.sounds import Samples, alike
 from tools.models.tiny_xtts import SPEAKERS
@@ -91,10 +93,6 @@ def greedy(engine: SpeechEngine, penalty: float = 1.0) -> SamplingParams:
     return replace(engine.default_params, temperature=0.0, repetition_penalty=penalty)
 
 
-def broken(*_: Any) -> Any:
-    raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-
 # ---- the same as alone ---------------------------------------------------------------------------------
 
 
@@ -137,15 +135,6 @@ async def test_a_segment_is_the_same_alone_and_beside_others_and_streamed(
     assert any(len(parts) > 1 for parts in beside), "streamed segments come in parts"
 
 
-async def test_a_newcomer_joins_a_running_batch(new_engine: Any, begin: Any, alone: Any) -> None:
-    engine = new_engine(stream_tokens=STREAM_TOKENS)
-    wanted = await alone("later", params=greedy(engine))
-    first = begin(engine, "first", seed=LONG, streamed=True)
-    assert (await first.next_audio())[1] is None
-    assert alike(await audio_of(begin(engine, "later", params=greedy(engine))), wanted)
-    await parts_of(first)
-
-
 async def test_jobs_share_the_places(new_engine: Any, begin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job with more segments than places does not keep a later one waiting."""
     engine, order = new_engine(max_batch_size=4), list[str]()
@@ -171,11 +160,17 @@ async def test_jobs_share_the_places(new_engine: Any, begin: Any, monkeypatch: p
 # ---- the vocoder ---------------------------------------------------------------------------------------
 
 
-async def test_segments_are_decoded_while_others_become_audio(
-    new_engine: Any, begin: Any, alone: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = new_engine(vocoder_threads=1)
+@pytest.fixture
+def gated(new_engine: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[SpeechEngine, Gate]]:
+    """An engine whose vocoder has one thread, a gate before it and a queue of two."""
+    engine = new_engine(vocoder_threads=1, max_pending=2)
     monkeypatch.setattr(engine.vocoder, "decode", gate := Gate(engine.vocoder.decode))
+    yield engine, gate
+    gate.open.set()
+
+
+async def test_segments_are_decoded_while_others_become_audio(gated: Any, begin: Any, alone: Any) -> None:
+    engine, gate = gated
     first = begin(engine, "hello", seed=1)
     await until(lambda: gate.calls == 1)
     second = begin(engine, "hello", seed=2)
@@ -185,11 +180,8 @@ async def test_segments_are_decoded_while_others_become_audio(
         assert alike(await audio_of(sequence), await alone("hello", seed=seed))
 
 
-async def test_audio_that_is_not_waited_for_is_not_made(
-    new_engine: Any, begin: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = new_engine(vocoder_threads=1)
-    monkeypatch.setattr(engine.vocoder, "decode", gate := Gate(engine.vocoder.decode))
+async def test_audio_that_is_not_waited_for_is_not_made(gated: Any, begin: Any) -> None:
+    engine, gate = gated
     first = begin(engine, "hello", seed=1)
     await until(lambda: gate.calls == 1)
     second = begin(engine, "hello", seed=2)
@@ -203,11 +195,10 @@ async def test_audio_that_is_not_waited_for_is_not_made(
 
 
 async def test_the_transformer_waits_for_a_full_vocoder(
-    new_engine: Any, begin: Any, monkeypatch: pytest.MonkeyPatch
+    gated: Any, begin: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The queue of the vocoder is bounded; the engine goes on as soon as there is room."""
-    engine = new_engine(vocoder_threads=1, max_pending=2)
-    monkeypatch.setattr(engine.vocoder, "decode", gate := Gate(engine.vocoder.decode))
+    """And goes on as soon as there is room."""
+    engine, gate = gated
     submit, waiting = engine.vocoder.submit, []
 
     def noted(*args: Any) -> Any:
@@ -266,20 +257,6 @@ async def test_a_cancelled_job_frees_its_places(
         assert (await audio_of(begin(engine, "next"))).size
 
 
-async def test_a_segment_that_fails_fails_alone(synthesizer: Any, begin: Any, alone: Any) -> None:
-    engine = synthesizer.engine
-    bad_voice = replace(synthesizer.voices.built_in[SPEAKERS[0]], latents=torch.zeros(1, 32, 7))
-    first, bad, third = await asyncio.gather(
-        audio_of(begin(engine, "good", seed=1)),
-        audio_of(begin(engine, "bad", voice=bad_voice)),
-        audio_of(begin(engine, "also good", seed=2)),
-        return_exceptions=True,
-    )
-    assert isinstance(bad, RuntimeError)
-    assert alike(first, await alone("good", seed=1))  # type: ignore[arg-type]
-    assert alike(third, await alone("also good", seed=2))  # type: ignore[arg-type]
-
-
 async def test_out_of_memory_means_fewer_at_a_time(
     new_engine: Any, begin: Any, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,20 +277,6 @@ async def test_out_of_memory_means_fewer_at_a_time(
     assert engine.max_batch_size <= 2
     for n, samples in enumerate(beside):
         assert alike(samples, await alone(f"number {n}", seed=n)), "no audio is emitted twice"
-
-
-async def test_sequences_of_an_engine_that_dies_fail(
-    new_engine: Any, begin: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = new_engine(max_batch_size=2)
-    monkeypatch.setattr(engine, "decode", broken)
-    sequences = [begin(engine, f"number {n}", seed=n) for n in range(4)]
-    async with asyncio.timeout(120):
-        ends = await asyncio.gather(*map(audio_of, sequences), return_exceptions=True)
-        assert [getattr(end, "code", end) for end in ends] == [ENGINE_DIED] * 4
-        with pytest.raises(JobError) as caught:
-            await engine.call(lambda: None)
-        assert caught.value.code == ENGINE_DIED
 
 
 async def test_a_finished_sequence_keeps_no_tensors(synthesizer: Any, begin: Any) -> None:
