@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from tests import helpers
-from tools import tiny_whisper as tiny
+from tools.models import tiny_whisper as tiny
 from workers.whisper import handler as worker
 from workers.whisper.engine import SAMPLE_RATE, DecodeRequest, DecodeResult
 from workers.whisper.schemas import Settings

@@ -20,8 +20,8 @@ from tests.workers.whisper.support import (
     load,
     sound,
 )
-from tools import tiny_whisper as tiny
 from tools.models import made
+from tools.models import tiny_whisper as tiny
 from workers.whisper import alignment, engine_transformers
 from workers.whisper.alignment import token_starts
 

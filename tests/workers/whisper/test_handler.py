@@ -26,8 +26,8 @@ from tests.workers.whisper.support import (
     sound,
     written,
 )
-from tools import tiny_whisper as tiny
 from tools.models import made
+from tools.models import tiny_whisper as tiny
 from workers.whisper.engine import SAMPLE_RATE
 
 pytestmark = engine_test

@@ -14,8 +14,8 @@ from openai.types.audio import Transcription, TranscriptionVerbose, Translation,
 from local import Platform, running
 from tests.helpers import wait_until
 from tests.workers.whisper.support import AUDIO, CECI, REVOIR, encoded, engine_test, lecture, sound
-from tools import tiny_whisper as tiny
 from tools.models import local_env
+from tools.models import tiny_whisper as tiny
 from tools.workers import ROOT
 from workers.whisper.engine import SAMPLE_RATE
 

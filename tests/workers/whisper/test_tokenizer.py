@@ -5,8 +5,8 @@ from transformers import WhisperTokenizerFast
 
 from shared.errors import JobError
 from tests.workers.whisper.support import engine_test
-from tools import tiny_whisper as tiny
 from tools.models import made
+from tools.models import tiny_whisper as tiny
 from workers.whisper.tokenizer import WhisperTokenizer
 
 pytestmark = engine_test

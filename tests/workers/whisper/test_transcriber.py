@@ -34,8 +34,8 @@ from tests.workers.whisper.support import (
     voice,
     written,
 )
-from tools import tiny_whisper as tiny
 from tools.models import made
+from tools.models import tiny_whisper as tiny
 from workers.whisper import handler as worker
 from workers.whisper import transcriber as transcriber_module
 from workers.whisper.engine import SAMPLE_RATE, DecodeRequest, DecodeResult
