@@ -143,12 +143,17 @@ class TransformersEngine:
         self, requests: Sequence[DecodeRequest], prefixes: list[list[int]], device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Prompts and prefixes, (batch, seq), padded on the left; and the mask, None without padding."""
-        rows = [[*request.prompt, *prefix] for request, prefix in zip(requests, prefixes, strict=True)]
-        width = max(map(len, rows))
-        ids = torch.tensor([[self.tokenizer.eot] * (width - len(row)) + row for row in rows], device=device)
-        if all(len(row) == width for row in rows):
+        sequences = [[*request.prompt, *prefix] for request, prefix in zip(requests, prefixes, strict=True)]
+        width = max(map(len, sequences))
+        ids = torch.tensor(
+            [[self.tokenizer.eot] * (width - len(sequence)) + sequence for sequence in sequences],
+            device=device,
+        )
+        if all(len(sequence) == width for sequence in sequences):
             return ids, None
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        mask = torch.tensor(
+            [[0] * (width - len(sequence)) + [1] * len(sequence) for sequence in sequences], device=device
+        )
         return ids, mask
 
     def _rules(self, begin_index: int, device: torch.device) -> TimestampRules:
@@ -224,14 +229,14 @@ class TransformersEngine:
             ids = torch.cat([ids, latest], 1)
             if mask is not None:
                 mask = torch.cat([mask, torch.ones_like(latest)], 1)
-            left = [place for place, index in enumerate(running) if index not in done]
+            left = [i for i, index in enumerate(running) if index not in done]
             if len(left) <= 0.75 * len(running):  # copying the cache of the others costs a step or two
                 keep = torch.tensor(left, device=states.device)
                 cache.batch_select_indices(keep)
                 ids, latest, states = ids[keep], latest[keep], states[keep]
                 temperature = temperature[keep]
                 mask = None if mask is None else mask[keep]
-                running = [running[place] for place in left]
+                running = [running[i] for i in left]
         return [
             Decoded([token for token in made if token != eot], total / max(1, len(made)), no_speech)
             for made, total, no_speech in zip(tokens, logprob_sums, no_speech_probs, strict=True)
@@ -282,8 +287,8 @@ class TransformersEngine:
             logits_processor=[self._rules(prompt_length, states.device)],
             stopping_criteria=StoppingCriteriaList([cancelled]),
         )
-        made = output.sequences[:, prompt_length:].tolist()
-        tokens = [row[: row.index(eot)] if eot in row else row for row in made]
+        sequences = output.sequences[:, prompt_length:].tolist()
+        tokens = [made[: made.index(eot)] if eot in made else made for made in sequences]
         scores = output.sequences_scores.tolist()
         return [Decoded(*values) for values in zip(tokens, scores, no_speech_probs, strict=True)]
 

@@ -1,11 +1,23 @@
-"""A transcript in OpenAI's response formats other than `json`."""
+"""A transcript as an answer, in each of the response formats."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from .schemas import DurationUsage, OpenAIVerbose, ResponseFormat, Segment, Task
+from .schemas import (
+    Chunk,
+    DurationUsage,
+    OpenAIText,
+    OpenAIVerbose,
+    ResponseFormat,
+    Segment,
+    Task,
+    TranscriptionRequest,
+    TranslationRequest,
+    WhisperRequest,
+    WhisperResponse,
+)
 
 if TYPE_CHECKING:
     from .transcriber import Transcript
@@ -20,7 +32,7 @@ def format_transcript(
     segments: bool = True,
     words: bool = False,
 ) -> OpenAIVerbose | str:
-    """The transcript as text, srt, vtt or verbose_json.
+    """The transcript as text, srt, vtt or verbose_json, OpenAI's object.
 
     language_name: of the spoken language (`french`). segments, words: whether verbose_json has them.
     """
@@ -38,6 +50,56 @@ def format_transcript(
         segments=transcript.segments if segments else None,
         words=transcript.words if words else None,
         usage=DurationUsage(seconds=transcript.duration),
+    )
+
+
+def respond(
+    request: WhisperRequest, transcript: Transcript, language_name: str, *, model: str, revision: str | None
+) -> WhisperResponse | OpenAIVerbose | str:
+    """The answer to the worker's own request. model: the name that answers give."""
+    if request.response_format != "json":
+        return format_transcript(
+            transcript,
+            request.response_format,
+            request.task,
+            language_name=language_name,
+            words=request.wants_words,
+        )
+    chunks: list[Chunk] = []
+    if request.timestamps == "word":
+        chunks = [Chunk(timestamp=(w.start, w.end), text=w.word) for w in transcript.words]
+    elif request.timestamps:
+        chunks = [Chunk(timestamp=(s.start, s.end), text=s.text) for s in transcript.segments]
+    return WhisperResponse(
+        text=transcript.text,
+        chunks=chunks,
+        language=transcript.language,
+        language_probability=transcript.language_probability,
+        task=request.task,
+        duration=transcript.duration,
+        segments=transcript.segments,
+        words=transcript.words if request.wants_words else None,
+        model=model,
+        revision=revision,
+    )
+
+
+def respond_openai(
+    request: TranslationRequest, task: Task, transcript: Transcript, language_name: str
+) -> OpenAIText | OpenAIVerbose | str:
+    """The answer to OpenAI's request."""
+    if request.response_format == "json":
+        return OpenAIText(text=transcript.text, usage=DurationUsage(seconds=transcript.duration))
+    granularities = (
+        request.timestamp_granularities if isinstance(request, TranscriptionRequest) else ["segment"]
+    )
+    return format_transcript(
+        transcript,
+        request.response_format,
+        task,
+        language_name=language_name,
+        segments="segment" in granularities,
+        words="word" in granularities,
     )
 
 

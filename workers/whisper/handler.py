@@ -35,10 +35,8 @@ from shared.jobs import Job, job_handler, start_config
 from shared.openai import ModelList, ModelsRequest, check_model, model_list
 from shared.settings import read_settings
 
-from .formats import format_transcript
+from .formats import respond, respond_openai
 from .schemas import (
-    Chunk,
-    DurationUsage,
     OpenAIText,
     OpenAIVerbose,
     Settings,
@@ -51,7 +49,7 @@ from .schemas import (
 if TYPE_CHECKING:
     from .engine import Engine
     from .tokenizer import WhisperTokenizer
-    from .transcriber import Transcriber, Transcript
+    from .transcriber import Transcriber
 
 # Windows in one batch. On a GPU more of them cost little more; two CPU cores are busy with a few.
 GPU_BATCH_SIZE, CPU_BATCH_SIZE = 32, 8
@@ -119,61 +117,17 @@ async def handler(
 ) -> WhisperResponse | OpenAIText | OpenAIVerbose | ModelList | str:
     if isinstance(request, ModelsRequest):
         return model_list(model.name)
+    transcriber = model.transcriber
     on_progress = partial(report_progress, job)
     if isinstance(request, WhisperRequest):
-        transcript = await model.transcriber.transcribe(request, on_progress=on_progress)
-        return respond(request, transcript)
+        transcript = await transcriber.transcribe(request, on_progress=on_progress)
+        language_name = transcriber.tokenizer.language_name(transcript.language)
+        return respond(request, transcript, language_name, model=model.name, revision=model.revision)
     check_model(request.model, model.name)
     worker_request = request.to_worker_request()
-    transcript = await model.transcriber.transcribe(worker_request, param="file", on_progress=on_progress)
-    return respond_openai(request, worker_request, transcript)
-
-
-def respond(request: WhisperRequest, transcript: Transcript) -> WhisperResponse | OpenAIVerbose | str:
-    """The answer to the worker's own request."""
-    if request.response_format != "json":
-        return format_transcript(
-            transcript,
-            request.response_format,
-            request.task,
-            language_name=model.transcriber.tokenizer.language_name(transcript.language),
-            words=request.wants_words,
-        )
-    chunks: list[Chunk] = []
-    if request.timestamps == "word":
-        chunks = [Chunk(timestamp=(w.start, w.end), text=w.word) for w in transcript.words]
-    elif request.timestamps:
-        chunks = [Chunk(timestamp=(s.start, s.end), text=s.text) for s in transcript.segments]
-    return WhisperResponse(
-        text=transcript.text,
-        chunks=chunks,
-        language=transcript.language,
-        language_probability=transcript.language_probability,
-        task=request.task,
-        duration=transcript.duration,
-        segments=transcript.segments,
-        words=transcript.words if request.wants_words else None,
-        model=model.name,
-        revision=model.revision,
-    )
-
-
-def respond_openai(
-    request: TranscriptionRequest | TranslationRequest,
-    worker_request: WhisperRequest,
-    transcript: Transcript,
-) -> OpenAIText | OpenAIVerbose | str:
-    if request.response_format == "json":
-        return OpenAIText(text=transcript.text, usage=DurationUsage(seconds=transcript.duration))
-    granularities = getattr(request, "timestamp_granularities", ["segment"])
-    return format_transcript(
-        transcript,
-        request.response_format,
-        worker_request.task,
-        language_name=model.transcriber.tokenizer.language_name(transcript.language),
-        segments="segment" in granularities,
-        words="word" in granularities,
-    )
+    transcript = await transcriber.transcribe(worker_request, param="file", on_progress=on_progress)
+    language_name = transcriber.tokenizer.language_name(transcript.language)
+    return respond_openai(request, worker_request.task, transcript, language_name)
 
 
 def report_progress(job: Job, done_s: float, total_s: float) -> None:
