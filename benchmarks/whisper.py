@@ -128,14 +128,14 @@ def measure() -> dict[str, Any]:
             for engine, worker in workers.items():
                 done = burst(worker, [long_job])
                 hours[engine].append(done.seconds)
-                check(f"{engine}, {MINUTES} minutes", heard(done.outputs[0]), says)
+                check(f"{engine}, {MINUTES} minutes", segment_texts(done.outputs[0]), says)
     return {
         "offline": offline, "ours": ours, "naive": slow, "naive_greedy": slow_greedy, "long": hours,
         "wrong": dict(wrong),
     }  # fmt: skip
 
 
-def heard(output: dict[str, Any]) -> list[str]:
+def segment_texts(output: dict[str, Any]) -> list[str]:
     """The segments' texts, each in the half minute of its tone, whose place is the text's number."""
     return [
         part["text"].strip() if 30 * number - 5 <= part["start"] <= 30 * number + 1 else "out of place"

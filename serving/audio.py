@@ -1,4 +1,4 @@
-"""Sound that a client sent as samples, and samples as a file.
+"""Audio files to samples, and samples to audio files.
 
 The functions block: call them through `asyncio.to_thread`.
 """
@@ -20,7 +20,7 @@ from shared.decoding import too_large
 from shared.errors import invalid
 
 MAX_SECONDS = 3600.0
-_FFMPEG_FORMATS = "mov,matroska,aac,amr,asf,mpegts,mp3,ogg,flac,wav"
+FFMPEG_FORMATS = "mov,matroska,aac,amr,asf,mpegts,mp3,ogg,flac,wav"
 _BLOCK = 2**16
 
 
@@ -32,26 +32,25 @@ def load_audio(
     max_seconds: float = MAX_SECONDS,
     allow_empty: bool = False,
 ) -> NDArray[np.float32]:
-    """Decode sound to mono float32 at `rate` Hz, about -1 to 1, at least one sample.
+    """Decode an audio file to mono float32 samples at `rate` Hz, about -1 to 1, at least one.
 
-    soundfile reads WAV, FLAC, MP3, OGG, Opus, AIFF and more; the rest (m4a, mp4, webm, aac, wma) PyAV
-    reads. Of a file cut short comes the sound that is whole, where its format allows that.
-    allow_empty: a whole file that holds no sample gives none, and is no error.
+    soundfile reads WAV, FLAC, MP3, OGG, Opus, AIFF and more; PyAV the rest (m4a, mp4, webm, aac, wma). A
+    truncated file is decoded up to its end, where its format allows that.
+    param: the request's field, for errors. allow_empty: a valid file without a sample is not an error.
+    Raises JobError(code="bad_audio" or "too_large").
     """
-    import numpy as np
-
-    # A file in memory: libsndfile stumbles over Python's own seeks.
+    # A file in memory: libsndfile fails with the seeks of Python's own file objects.
     with os.fdopen(os.memfd_create("audio"), "wb") as file:
         file.write(data)
         file.seek(0)
         try:
-            samples = _read_sound(file.fileno(), rate, param, max_seconds)
+            samples = _read_with_soundfile(file.fileno(), rate, param, max_seconds)
             if allow_empty and not samples.size:
                 return samples
         except soundfile.LibsndfileError:
             samples = _read_with_av(file.fileno(), rate, param, max_seconds)
     if not samples.size or not np.isfinite(samples).all():
-        cause = "samples that are no numbers" if samples.size else "no sound that this worker reads"
+        cause = "samples that are not numbers" if samples.size else "not audio that this worker can read"
         raise invalid(param, f"{cause}; send WAV, FLAC, MP3, OGG or Opus.", "bad_audio")
     return samples
 
@@ -61,7 +60,6 @@ def encode_audio(samples: NDArray[np.float32], rate: int, format: str = "wav") -
 
     format: wav, flac, mp3, ogg (Vorbis), opus (8, 12, 16, 24 or 48 kHz only), pcm (16 bits, no header).
     """
-
     special = {"opus": ("OGG", "OPUS"), "pcm": ("RAW", "PCM_16")}
     container, subtype = special.get(format, (format, None))
     channels = 1 if samples.ndim == 1 else samples.shape[1]
@@ -72,48 +70,44 @@ def encode_audio(samples: NDArray[np.float32], rate: int, format: str = "wav") -
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _read_sound(fd: int, rate: int, param: str, max_seconds: float) -> NDArray[np.float32]:
-    import numpy as np
-
+def _read_with_soundfile(fd: int, rate: int, param: str, max_seconds: float) -> NDArray[np.float32]:
     with soundfile.SoundFile(fd, closefd=False) as sound:
         if not 1_000 <= sound.samplerate <= 1_000_000:
             raise invalid(param, f"a sample rate of {sound.samplerate} Hz.", "bad_audio")
         limit = int(max_seconds * sound.samplerate)
-        if limit < sound.frames < 2**63 - 1:  # which is how libsndfile says unknown: FLAC written to a pipe
+        if limit < sound.frames < 2**63 - 1:  # the largest number: unknown, as in FLAC written to a pipe
             raise too_large(param, f"{max_seconds:g} seconds")
-        sound.seekable = lambda: False  # else it seeks after each read, and fails at the end of such a FLAC
+        sound.seekable = lambda: False  # soundfile seeks after each read, which fails at such a FLAC's end
         resampler = soxr.ResampleStream(sound.samplerate, rate, 1, dtype="float32")
-        pieces = []
+        blocks = []
         while len(block := sound.read(max(1, _BLOCK // sound.channels), dtype="float32", always_2d=True)):
             limit -= len(block)
             if limit < 0:
                 raise too_large(param, f"{max_seconds:g} seconds")
-            pieces.append(resampler.resample_chunk(block.mean(axis=1)))
-        pieces.append(resampler.resample_chunk(np.zeros(0, "float32"), last=True))
-    return np.concatenate(pieces)
+            blocks.append(resampler.resample_chunk(block.mean(axis=1)))
+        blocks.append(resampler.resample_chunk(np.zeros(0, "float32"), last=True))
+    return np.concatenate(blocks)
 
 
 def _read_with_av(fd: int, rate: int, param: str, max_seconds: float) -> NDArray[np.float32]:
-    """No samples where PyAV cannot read it; of a damaged file those before the damage."""
-    import numpy as np
-
+    """The samples of a damaged file before the damage; none of a file that PyAV cannot read."""
     limit = int(max_seconds * rate)
-    pieces = [np.zeros(0, np.float32)]
-    options = {"format_whitelist": _FFMPEG_FORMATS, "protocol_whitelist": "none"}
+    blocks = [np.zeros(0, np.float32)]
+    options = {"format_whitelist": FFMPEG_FORMATS, "protocol_whitelist": "none"}
     os.lseek(fd, 0, os.SEEK_SET)
     with (
         suppress(av.FFmpegError, IndexError, ValueError, EOFError),
         os.fdopen(os.dup(fd), "rb") as file,
         av.open(file, options=options, metadata_errors="ignore") as container,
     ):
-        resampler = av.AudioResampler("fltp", None, rate)  # its own mono is 1.41 times too loud
+        resampler = av.AudioResampler("fltp", None, rate)  # PyAV's mono is 1.41 times too loud
         frames = container.decode(container.streams.audio[0])
         with suppress(av.FFmpegError, EOFError):
             for frame in frames:
                 for part in resampler.resample(frame):
-                    pieces.append(part.to_ndarray().mean(axis=0))
-                    limit -= len(pieces[-1])
+                    blocks.append(part.to_ndarray().mean(axis=0))
+                    limit -= len(blocks[-1])
                 if limit < 0:
                     raise too_large(param, f"{max_seconds:g} seconds")
-        pieces += [part.to_ndarray().mean(axis=0) for part in resampler.resample(None)]
-    return np.concatenate(pieces)
+        blocks += [part.to_ndarray().mean(axis=0) for part in resampler.resample(None)]
+    return np.concatenate(blocks)

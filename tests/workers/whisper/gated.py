@@ -4,19 +4,18 @@
 many batches it has begun to `begun`.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.workers import load_handler
+from workers.whisper import handler, progress
+from workers.whisper.engine_ctranslate2 import CTranslate2Engine
 
-worker = load_handler("whisper")
 gate = Path(os.environ["GATE"])
 begun = 0
+decode = CTranslate2Engine.decode
 
 
 class Clock:
@@ -25,20 +24,16 @@ class Clock:
         return float((gate / "clock").read_text())
 
 
-def gated(decode: Any) -> Any:
-    def run(self: Any, windows: Sequence[Any]) -> Any:
-        global begun
-        begun += 1
-        (gate / "begun.new").write_text(str(begun))
-        (gate / "begun.new").rename(gate / "begun")
-        while int((gate / "batches").read_text()) < begun:
-            time.sleep(0.02)
-        return decode(self, windows)
-
-    return run
+def gated_decode(self: Any, requests: Sequence[Any]) -> Any:
+    global begun
+    begun += 1
+    (gate / "begun.new").write_text(str(begun))
+    (gate / "begun.new").rename(gate / "begun")
+    while int((gate / "batches").read_text()) < begun:
+        time.sleep(0.02)
+    return decode(self, requests)
 
 
-for engine in (worker.TransformersEngine, worker.CTranslateEngine):
-    engine.decode = gated(engine.decode)
-worker.time = Clock
-worker.main()
+CTranslate2Engine.decode = gated_decode  # type: ignore[method-assign]
+progress.time = Clock  # type: ignore[assignment]
+handler.main()

@@ -1,0 +1,391 @@
+"""From audio to segments: seams, fallback, several jobs, long audio, the event loop."""
+
+import asyncio
+import math
+import threading
+import time
+import tracemalloc
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers import longest_stall, until
+from tests.workers.whisper.support import (
+    AUDIO,
+    HELLO,
+    MORNING,
+    RecordingEngine,
+    both_engines,
+    encoded,
+    engine_test,
+    error,
+    faded,
+    lecture,
+    load,
+    replace_engine,
+    result,
+    send,
+    silence,
+    sound,
+    voice,
+    written,
+)
+from tools.models import made
+from tools.models import tiny_whisper as tiny
+from workers.whisper import handler as worker
+from workers.whisper import transcriber as transcriber_module
+from workers.whisper.engine import SAMPLE_RATE, DecodeRequest, DecodeResult
+from workers.whisper.processor import load_feature_extractor, load_tokenizer
+from workers.whisper.tokenizer import WhisperTokenizer
+from workers.whisper.transcriber import MAX_WINDOWS, Transcriber
+
+pytestmark = engine_test
+
+
+def times(segments: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
+    return [(segment["start"], segment["end"]) for segment in segments]
+
+
+# ---- windows and their results -------------------------------------------------------------------------
+
+
+async def test_a_window_that_the_model_takes_for_silence_is_left_out(engine: RecordingEngine) -> None:
+    engine.run = lambda requests: [result([72], avg_logprob=-1.5, no_speech_prob=0.9)]
+    answer = await send()
+    assert (answer["text"], answer["segments"], answer["language"]) == ("", [], None)
+
+
+async def test_what_a_result_leaves_out_is_decoded_again(loaded: Any, engine: RecordingEngine) -> None:
+    """The result ends after the first of two sounds with a pair of times: the rest is a window of its own."""
+    decode, end = engine.run, loaded.transcriber.tokenizer.timestamp_begin + 4 * 50
+
+    def first_only(requests: Sequence[DecodeRequest]) -> list[DecodeResult]:
+        (decoded,) = decode(requests)
+        return [result([*decoded.tokens[:-1], end, end]) if requests[0].seconds > 9 else decoded]
+
+    engine.run = first_only
+    answer = await send(np.concatenate([sound(HELLO.hertz), silence(4), sound(MORNING.hertz)]))
+    assert [request.seconds for (request,) in engine.batches] == [10.0, 6.0]
+    assert times(answer["segments"]) == [(0.0, 4.0), (4.0, 7.0)]
+    assert [segment["seek"] for segment in answer["segments"]] == [0, 400]
+    assert answer["text"].startswith("hello world ")
+
+
+@pytest.mark.parametrize(
+    ("results", "windows", "segments"),
+    [
+        # The first segment ends before a second has passed; the window does not hold the next one's end.
+        ([[0, "a", 40, 40, "b", "b"], [0, "b", 300]], [10, 9.2], [(0, 0.8), (0.8, 6.8)]),
+        # What starts just before the end is not lost.
+        ([[0, "a", 480, 480, "b"]], [10], [(0, 9.6), (9.6, 10)]),
+        # A result that covers nothing is taken as it is.
+        ([[0, "a", 0, 0]], [10], [(0, 0)]),
+    ],
+)
+async def test_seams(
+    loaded: Any,
+    engine: RecordingEngine,
+    results: list[list[int | str]],
+    windows: list[float],
+    segments: list[tuple[float, float]],
+) -> None:
+    """Numbers are timestamp tokens, letters text."""
+    begin = loaded.transcriber.tokenizer.timestamp_begin
+    left = [[72 if isinstance(token, str) else begin + token for token in tokens] for tokens in results]
+    engine.run = lambda requests: [result(left.pop(0))]
+    answer = await send(sound(HELLO.hertz, 10))
+    assert [request.seconds for (request,) in engine.batches] == pytest.approx(windows)
+    assert times(answer["segments"]) == segments
+
+
+async def test_a_chunk_is_decoded_a_bounded_number_of_times(loaded: Any, engine: RecordingEngine) -> None:
+    begin = loaded.transcriber.tokenizer.timestamp_begin
+    engine.run = lambda requests: [result([begin, 72, begin + 1, begin + 1, 73])]
+    answer = await send(sound(HELLO.hertz, 10))
+    assert len(engine.batches) == MAX_WINDOWS
+    assert answer["segments"][-1]["end"] == 10
+
+
+async def test_an_improbable_result_is_decoded_again_at_a_higher_temperature(
+    engine: RecordingEngine,
+) -> None:
+    def improbable(requests: Sequence[DecodeRequest]) -> list[DecodeResult]:
+        temperature = requests[0].temperature
+        return [result([72], avg_logprob=-2.0 if temperature < 0.3 else -0.5, temperature=temperature)]
+
+    engine.run = improbable
+    for fields, temperatures, logprob in [
+        ({}, [0.0, 0.2, 0.4], -0.5),
+        ({"fallback": False}, [0.0], -2.0),
+        ({"temperature": 0.1}, [0.1], -2.0),  # a temperature that was asked for is kept
+    ]:
+        engine.batches.clear()
+        (segment,) = (await send(**fields))["segments"]
+        assert [request.temperature for (request,) in engine.batches] == temperatures
+        assert (segment["temperature"], segment["avg_logprob"]) == (temperatures[-1], logprob)
+
+
+async def test_a_repetitive_result_is_decoded_again(loaded: Any, engine: RecordingEngine) -> None:
+    hello = loaded.transcriber.tokenizer.encode(" hello")
+    engine.run = lambda requests: [result(hello * (1 if requests[0].temperature else 40))]
+    assert (await send())["text"] == "hello"
+    assert [request.temperature for (request,) in engine.batches] == [0.0, 0.2]
+
+
+# ---- several jobs --------------------------------------------------------------------------------------
+
+
+async def test_minutes_come_back_in_order_and_with_the_times_of_the_audio(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model recognises one thing in each window: chunks are short here, to hold one tone each."""
+    engine = RecordingEngine(loaded.transcriber.engine)
+    replace_engine(monkeypatch, loaded, engine, chunk_seconds=6.0)
+
+    def first_batch_waits(requests: Sequence[DecodeRequest]) -> list[DecodeResult]:
+        """Until windows of both files are in the queue."""
+        deadline = time.monotonic() + 100
+        while len(engine.batches) == 1 and time.monotonic() < deadline:
+            if len({request.word_timestamps for request in engine.waiting}) == 2:
+                break
+            time.sleep(0.01)
+        return loaded.transcriber.engine.decode(requests)
+
+    engine.run = first_batch_waits
+    files = [lecture(24, seed) for seed in (1, 2)]
+    answers = await asyncio.gather(
+        send(files[0][0], timestamps=True, language="en"),
+        send(files[1][0], timestamps=True, word_timestamps=True),
+        *(send(sound(said.hertz)) for said in tiny.SAID),
+    )
+    for (samples, marks), answer in zip(files, answers, strict=False):
+        segments = answer["segments"]
+        assert answer["duration"] == pytest.approx(len(samples) / SAMPLE_RATE, abs=0.001)
+        assert answer["language"] == "en"
+        assert [segment["text"].strip() for segment in segments] == [text for _, text in marks]
+        assert answer["text"] == " ".join(text for _, text in marks)
+        for (start, end), (mark, _) in zip(times(segments), marks, strict=True):
+            assert start <= mark + 0.05
+            assert mark < end + 0.6
+        assert all(end <= start + 1e-6 for (_, end), (start, _) in pairwise(times(segments)))
+        assert [segment["id"] for segment in segments] == list(range(len(marks)))
+        assert [tuple(chunk["timestamp"]) for chunk in answer["chunks"]] == times(segments)
+    assert [answer["text"] for answer in answers[2:]] == [said.text.strip() for said in tiny.SAID]
+    assert [len(answer["words"] or []) > 24 for answer in answers[:2]] == [False, True]
+    mixed = [batch for batch in engine.batches if len({request.word_timestamps for request in batch}) > 1]
+    assert mixed, "chunks of several jobs share batches"
+    assert sum(map(len, engine.batches)) == 2 * 24 + 4
+
+
+async def test_a_cancelled_job_leaves_the_queue_and_its_batch(loaded: Any, engine: RecordingEngine) -> None:
+    running, go = threading.Event(), threading.Event()
+    decode = engine.run
+
+    def held(requests: Sequence[DecodeRequest]) -> list[DecodeResult]:
+        running.set()
+        assert go.wait(60)
+        return decode(requests)
+
+    engine.run = held
+    first = asyncio.create_task(send())
+    await asyncio.to_thread(running.wait, 60)
+    samples, _ = lecture(20, 0)
+    others = [asyncio.create_task(send(samples)) for _ in range(2)]
+    await until(lambda: engine.waiting)
+    for task in (first, *others):
+        task.cancel()
+    await asyncio.wait([first, *others])
+    assert engine.batches[0][0].cancelled, "the engine knows that nobody waits"
+    go.set()
+    assert (await send())["text"] == "hello world"
+    assert len(engine.batches) == 2, "no window of a cancelled job was decoded"
+
+
+async def test_too_large_audio_is_refused(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limits, words in (({"max_seconds": 2.0}, "2 seconds"), ({"max_bytes": 50_000}, "50000 bytes")):
+        replace_engine(monkeypatch, loaded, loaded.transcriber.engine, **limits)
+        problem = await error(AUDIO)
+        assert (problem["param"], problem["code"]) == ("audio", "too_large")
+        assert words in problem["message"]
+
+
+# ---- the event loop ------------------------------------------------------------------------------------
+
+
+class Whistles(RecordingEngine):
+    """Voices, each with a faint whistle of one of eight pitches, which says which voice it is, and when.
+
+    As an engine it finds the whistles in the log-mel features and answers with their numbers, each between
+    its times, at most three in a result: the rest of the window is to be decoded again.
+    """
+
+    texts = (" one", " two", " three", " four", " five", " six", " seven", " eight")
+    bins = tuple(range(63, 79, 2))  # mel bins above the voice
+
+    def __init__(self, tokenizer: WhisperTokenizer, feature_extractor: Any) -> None:
+        self.submitted, self.batches = [], []
+        self.run = lambda requests: [
+            self.recognise(request.features[list(self.bins)]) for request in requests
+        ]
+        self.tokenizer, self.left_out = tokenizer, 0
+        filters = feature_extractor.mel_filters
+        self.hertz = [float(filters[:, mel].argmax()) * SAMPLE_RATE / 400 for mel in self.bins]
+
+    def voice(self, number: int, seconds: float) -> np.ndarray:
+        parts = [voice(min(6, seconds - start), number) for start in range(0, math.ceil(seconds), 6)]
+        samples = np.concatenate(parts)
+        time = np.arange(len(samples)) / SAMPLE_RATE
+        return faded(samples + 0.02 * np.sin(2 * np.pi * self.hertz[number] * time))
+
+    def key(self, request: DecodeRequest) -> Any:
+        return None
+
+    def recognise(self, bands: np.ndarray) -> DecodeResult:
+        begin = self.tokenizer.timestamp_begin
+        whistles = []
+        for number, band in enumerate(bands > np.median(bands, axis=0) + 0.3):
+            edges = np.flatnonzero(np.diff(band, prepend=False, append=False)).reshape(-1, 2)
+            whistles += [(start, end, number) for start, end in edges.tolist() if end - start > 20]
+        whistles.sort()
+        tokens: list[int] = []
+        path: list[tuple[int, int]] = []
+        text_tokens, end = 0, 0
+        for start, end, number in whistles[:3]:
+            text = self.tokenizer.encode(self.texts[number])
+            tokens += [begin + start // 2, *text, begin + end // 2]
+            for place in range(len(text)):
+                path.append((text_tokens, round((start + (end - start) * place / len(text)) / 2)))
+                text_tokens += 1
+        path.append((text_tokens, end // 2))
+        if whistles[3:]:
+            tokens += tokens[-1:]
+            self.left_out += 1
+        return result(tokens, alignment_path=path)
+
+
+@pytest.fixture
+def whistles(monkeypatch: pytest.MonkeyPatch) -> Whistles:
+    """The handler's engine."""
+    folder = made("whisper", tiny.make)
+    extractor, backend = load_feature_extractor(folder), load_tokenizer(folder, "tiny/whisper")
+    tokenizer = WhisperTokenizer(backend, multilingual=True, max_length=448, timestamps=True)
+    engine = Whistles(tokenizer, extractor)
+    model = worker.Model(Transcriber(engine, tokenizer, extractor, batch_size=8), "tiny/whisper", None)
+    monkeypatch.setattr(worker, "model", model, raising=False)
+    return engine
+
+
+async def test_an_hour_of_audio_does_not_stall_the_event_loop(whistles: Whistles) -> None:
+    """With everything but the model and the speech detection, which run outside of the interpreter."""
+    begin, hello = whistles.tokenizer.timestamp_begin, whistles.tokenizer.encode(" hello world")
+    tokens = [token for at in range(0, 1400, 100) for token in (begin + at, *hello, begin + at + 100)]
+    path = [(token, 2 * token) for token in range(14 * len(hello) + 1)]
+    whistles.run = lambda requests: [result(tokens, alignment_path=path)] * len(requests)
+    minute = np.concatenate([0.02 * np.concatenate([voice(5, n), silence(1)]) for n in range(10)])
+    audio = written(minute.astype(np.float32), "adts", "aac", SAMPLE_RATE, repeat=60)
+    await send(AUDIO, word_timestamps=True)
+    for _ in range(3):  # a busy machine may stall the loop too, but not each time
+        with longest_stall() as stall:
+            answer = await send(audio, word_timestamps=True)
+        assert answer["duration"] == pytest.approx(3600, abs=5)
+        assert len(answer["words"]) > 3000
+        if stall[0] < 0.1:
+            break
+    assert stall[0] < 0.1
+
+
+# ---- speech detection and long audio -------------------------------------------------------------------
+
+
+def make_for_voices(folder: Path) -> None:
+    tiny.make(folder, sounds=(HELLO, MORNING), voice=lambda pitch, seconds: faded(voice(seconds, int(pitch))))
+
+
+@both_engines
+async def test_voices_are_detected_and_recognised(
+    engine: str, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    """A request that leaves `vad` out, and a model that knows two voices."""
+    load(engine, made("whisper-voices", make_for_voices), monkeypatch, cache, window_seconds=6)
+    rng, parts, marks, place = np.random.default_rng(1), [silence(20)], [], 20.0
+    for _ in range(12):
+        said = (HELLO, MORNING)[int(rng.integers(2))]
+        parts += [faded(voice(rng.uniform(2.2, 3.2), int(said.hertz))), silence(rng.uniform(1.5, 4))]
+        marks.append((place, said.text))
+        place += (len(parts[-2]) + len(parts[-1])) / SAMPLE_RATE
+    samples = np.concatenate(parts)
+    samples += rng.normal(0, 0.0005, len(samples)).astype(np.float32)
+    answer = await send(samples, vad=True, timestamps=True)
+    assert [chunk["text"] for chunk in answer["chunks"]] == [text for _, text in marks]
+    assert [chunk["timestamp"][0] for chunk in answer["chunks"]] == [
+        pytest.approx(mark, abs=0.4) for mark, _ in marks
+    ]
+    assert answer["language"] == "en"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+async def test_hours_of_voices_come_back_once_in_order_and_in_time(
+    whistles: Whistles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two hours through everything but the model: file, speech detection, chunks, batches, seams."""
+    rng = np.random.default_rng(0)
+    samples = rng.normal(0, 0.0005, 2 * 3600 * SAMPLE_RATE).astype(np.float32)
+    voices = [[whistles.voice(number, rng.uniform(1, 6)) for _ in range(2)] for number in range(8)]
+    long = whistles.voice(0, 48.0)  # longer than any window
+    expected: list[tuple[float, float, int]] = []
+    place = SAMPLE_RATE
+    while place < len(samples) - 60 * SAMPLE_RATE:
+        number = int(rng.integers(8))
+        spoken = voices[number][int(rng.integers(2))] if len(expected) % 300 != 150 else long
+        samples[place : place + len(spoken)] += spoken
+        end = (place + len(spoken)) / SAMPLE_RATE
+        expected.append((place / SAMPLE_RATE, end, 0 if spoken is long else number))
+        # Now and then nobody speaks for minutes.
+        place += len(spoken) + int((rng.uniform(0.5, 4) if len(expected) % 200 else 150) * SAMPLE_RATE)
+    audio = encoded(samples, "FLAC")
+    seconds, size = len(samples) / SAMPLE_RATE, samples.nbytes
+    del samples
+
+    chunk_audio, peaks = transcriber_module.chunk_audio, []
+
+    def measured(*args: Any, **options: Any) -> Any:
+        """Between loading the audio and transcribing it."""
+        nonlocal before
+        before, peak = tracemalloc.get_traced_memory()
+        peaks.append(peak)
+        tracemalloc.reset_peak()
+        return chunk_audio(*args, **options)
+
+    before = 0
+    monkeypatch.setattr(transcriber_module, "chunk_audio", measured)
+    tracemalloc.start()
+    try:
+        answer = await send(audio, vad=True, word_timestamps=True)
+        peaks.append(tracemalloc.get_traced_memory()[1] - before)
+    finally:
+        tracemalloc.stop()
+    loading, transcribing = peaks
+    assert loading < 3 * size
+    assert transcribing < 200e6, "features are held for a few windows only, not for hours"
+
+    assert answer["duration"] == pytest.approx(seconds, abs=0.001)
+    segments = [(segment["start"], segment["end"], segment["text"]) for segment in answer["segments"]]
+    joined: list[tuple[float, float, str]] = []
+    for start, end, text in segments:  # what is longer than a window comes in parts that touch
+        if joined and joined[-1][2] == text and start - joined[-1][1] < 0.15:
+            start = joined.pop()[0]
+        joined.append((start, end, text))
+    assert len(expected) > 1000
+    assert [text for _, _, text in joined] == [whistles.texts[number] for *_, number in expected]
+    for (start, end, _), (begin, finish, _) in zip(joined, expected, strict=True):
+        assert (start, end) == pytest.approx((begin, finish), abs=0.1)
+    assert answer["text"] == "".join(text for *_, text in segments).strip()
+    assert [(word["start"], word["word"]) for word in answer["words"]] == [
+        (pytest.approx(start, abs=0.02), text.strip()) for start, _, text in segments
+    ]
+    assert whistles.left_out > 100, "what results left out was decoded again"

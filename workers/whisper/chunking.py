@@ -1,0 +1,80 @@
+"""Long audio in chunks that the model takes at once, split where nobody speaks."""
+
+from __future__ import annotations
+
+import numpy as np
+from faster_whisper.vad import VadOptions, get_speech_timestamps
+
+from .engine import SAMPLE_RATE, Samples
+
+INAUDIBLE = 1e-4  # of full scale: less than the last bit of 16
+VAD_OPTIONS = VadOptions(min_silence_duration_ms=400, speech_pad_ms=200)
+VAD_BLOCK = 600 * SAMPLE_RATE  # samples; the detection takes several times their memory
+
+Span = tuple[int, int]  # start and end, in samples
+
+
+def detect_speech(samples: Samples) -> list[Span]:
+    """Where silero's model detects speech, with 0.2 s around it."""
+    spans = []
+    for start, end in split_at_quiet_points(samples, 0, len(samples), VAD_BLOCK):
+        for span in get_speech_timestamps(samples[start:end], VAD_OPTIONS):
+            spans.append((start + span["start"], start + span["end"]))
+    return spans
+
+
+def split_at_quiet_points(samples: Samples, start: int, end: int, max_length: int) -> list[Span]:
+    """`start` to `end` in spans of at most `max_length` samples, which touch each other.
+
+    Of all ways to split, the one whose points are quietest, each relative to the loudness around it, and few:
+    one more span costs as much as a point at a tenth of that loudness.
+    """
+    if end - start <= max_length:
+        return [(start, end)]
+    frame = SAMPLE_RATE // 50
+    count = (end - start) // frame
+    block = samples[start : start + count * frame].reshape(count, frame)
+    loudness = np.sqrt(np.einsum("ij,ij->i", block, block) / frame)  # (frames,)
+    # A pause is longer than the gap in a consonant: the mean over 0.3 s.
+    smooth = np.convolve(np.pad(loudness, 7, mode="edge"), np.ones(15, np.float32) / 15, mode="valid")
+    sums, frames = np.pad(loudness.cumsum(dtype=float), (1, 0)), np.arange(count)
+    reach = max_length // frame
+    low, high = np.maximum(frames - reach, 0), np.minimum(frames + reach, count)
+    around = (sums[high] - sums[low]) / (high - low)
+    cost = smooth / np.maximum(around, 1e-9) + 0.1
+    # One candidate in each quarter of a second; for shorter spans, in each 120th of them.
+    every = max(1, max_length // (120 * frame))
+    groups = np.pad(cost, (0, -count % every), constant_values=np.inf).reshape(-1, every)
+    candidates = np.arange(len(groups)) * every + groups.argmin(1)
+    points = np.concatenate([[start], start + candidates * frame + frame // 2, [end]])
+    costs = [0.0, *cost[candidates].tolist(), 0.0]
+    # Dynamic programming: the cheapest way to each point, from a point at most `max_length` before it.
+    earliest = np.searchsorted(points, points - max_length).tolist()
+    best, previous = np.zeros(len(points)), [0] * len(points)
+    for point in range(1, len(points)):
+        previous[point] = earliest[point] + int(best[earliest[point] : point].argmin())
+        best[point] = best[previous[point]] + costs[point]
+    spans, point = [], len(points) - 1
+    while point:
+        spans.append((int(points[previous[point]]), int(points[point])))
+        point = previous[point]
+    return spans[::-1]
+
+
+def chunk_audio(samples: Samples, *, vad: bool, max_seconds: float) -> list[Span]:
+    """Chunks of at most `max_seconds` to decode, in order, none overlapping the next.
+
+    With `vad` they hold the detected speech, neighbours together while they fit; without, all of the audio.
+    Chunks without an audible sample are left out.
+    """
+    max_length = int(max_seconds * SAMPLE_RATE)
+    chunks: list[Span] = []
+    for span in detect_speech(samples) if vad else [(0, len(samples))]:
+        for start, end in split_at_quiet_points(samples, *span, max_length):
+            if chunks and vad and end - chunks[-1][0] <= max_length:
+                chunks[-1] = (chunks[-1][0], end)
+            else:
+                chunks.append((start, end))
+    return [
+        (start, end) for start, end in chunks if end > start and np.abs(samples[start:end]).max() > INAUDIBLE
+    ]

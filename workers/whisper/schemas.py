@@ -1,0 +1,217 @@
+"""Settings, requests and responses of the whisper worker."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
+
+from shared.errors import invalid
+from shared.openai import OpenAIRequest
+from shared.requests import Request
+from shared.settings import WorkerSettings
+
+ResponseFormat = Literal["json", "text", "srt", "vtt", "verbose_json"]
+Task = Literal["transcribe", "translate"]
+
+
+class Settings(WorkerSettings):
+    model_name: str = Field(
+        "openai/whisper-large-v3",
+        description="Model id on the Hugging Face Hub, or a folder; with ENGINE=faster-whisper also one in "
+        "CTranslate2's format, such as Systran/faster-whisper-large-v3",
+    )
+    engine: Literal["transformers", "faster-whisper"] = Field(
+        "transformers", description="What runs the model; faster-whisper stands for CTranslate2"
+    )
+    compute_type: Literal[
+        "auto", "float32", "float16", "bfloat16", "int8", "int8_float32", "int8_float16", "int8_bfloat16"
+    ] = Field("auto", description="Number format of faster-whisper's weights; auto: that of DTYPE")
+    max_batch_windows: int | None = Field(
+        None, ge=1, le=512, description="Windows of 30 s in one batch; unset: 32 on a GPU, 8 on CPU"
+    )
+    window_seconds: float = Field(
+        30.0, ge=1, le=30, description="Longest chunk that long audio is split into, in seconds"
+    )
+    model_timestamps: bool = Field(
+        True, description="false for models tuned without timestamps: each chunk is then one segment"
+    )
+    max_audio_seconds: float = Field(14_400, ge=1, le=86_400, description="Longest audio of a job")
+    max_audio_mb: float = Field(200, gt=0, le=2000, description="Largest audio file of a job, in MB")
+
+
+# ---- the worker's own requests and responses -----------------------------------------------------------
+
+
+class WhisperRequest(Request):
+    audio: str = Field(description="The audio file: base64, a `data:` URI or an http(s) URL")
+    timestamps: Annotated[bool | Literal["word"], BeforeValidator(lambda value: value or False)] = Field(
+        False, description="Return `chunks`: true, one for each segment; `word`, one for each word"
+    )
+    language: str | None = Field(
+        None, description="Spoken language, as `fr` or `french`; unset: detected from the first speech"
+    )
+    task: Task = Field("transcribe", description="Keep the language, or `translate` to English")
+    word_timestamps: bool = Field(False, description="Return `words`, each with its start and end")
+    response_format: ResponseFormat = Field(
+        "json", description="`json`: the fields below; `verbose_json`: OpenAI's object; else a text"
+    )
+    prompt: str | None = Field(
+        None, max_length=4000, description="Text before the audio: names and spellings that may occur"
+    )
+    temperature: float = Field(0.0, ge=0, le=1, description="Sampling temperature; 0: greedy decoding")
+    fallback: bool = Field(
+        True, description="At temperature 0, decode unlikely or repetitive results again at higher ones"
+    )
+    beam_size: int = Field(1, ge=1, le=16, description="Beams of the beam search; 1, the fastest: greedy")
+    vad: bool = Field(
+        True, description="Voice activity detection: leave out what is not speech; false: decode all audio"
+    )
+    clip_start: float = Field(0.0, ge=0, le=86_400, description="Start of the part to transcribe, in seconds")
+    clip_end: float | None = Field(
+        None, gt=0, le=86_400, description="End of the part, in seconds; unset: the end of the audio"
+    )
+
+    @field_validator("language", mode="before")
+    @classmethod
+    def _detect(cls, value: Any) -> Any:
+        return None if value in ("", "auto") else value
+
+    @model_validator(mode="after")
+    def _ends_after_start(self) -> WhisperRequest:
+        if self.clip_end is not None and self.clip_end <= self.clip_start:
+            raise invalid("clip_end", f"{self.clip_end:g} is not after clip_start, {self.clip_start:g}.")
+        return self
+
+    @property
+    def wants_words(self) -> bool:
+        return self.word_timestamps or self.timestamps == "word"
+
+
+class Chunk(BaseModel):
+    timestamp: tuple[float, float] = Field(description="Start and end, in seconds of the audio")
+    text: str = Field(description="Text of the segment or word")
+
+
+class Segment(BaseModel):
+    id: int = Field(description="Index of the segment, from 0")
+    seek: int = Field(description="Start of the decoded window, in hundredths of a second")
+    start: float = Field(description="Seconds of the audio")
+    end: float = Field(description="Seconds of the audio")
+    text: str = Field(description="Text, usually with a space before it")
+    tokens: list[int] = Field(description="Token ids, timestamp tokens included")
+    temperature: float = Field(description="Sampling temperature of this result")
+    avg_logprob: float = Field(description="Mean log probability of the window's tokens")
+    compression_ratio: float = Field(
+        description="Length of the window's text by its length under zlib: high for repetitive text"
+    )
+    no_speech_prob: float = Field(description="Probability that the window has no speech")
+
+
+class Word(BaseModel):
+    word: str = Field(description="The word, punctuation included")
+    start: float = Field(description="Seconds of the audio")
+    end: float = Field(description="Seconds of the audio")
+
+
+class WhisperResponse(BaseModel):
+    text: str = Field(description="All recognised speech")
+    chunks: list[Chunk] = Field(description="With `timestamps`: segments or words with their times")
+    language: str | None = Field(description="Code of the spoken language; null where there is no speech")
+    language_probability: float | None = Field(description="Of the detected language; null if it was given")
+    task: Task = Field(description="The task of the request")
+    duration: float = Field(description="Length of the audio in seconds")
+    segments: list[Segment] = Field(description="Recognised speech in segments, in order")
+    words: list[Word] | None = Field(description="With `word_timestamps`, or `timestamps` of `word`")
+    model: str = Field(description="The model, as MODEL_NAME gives it")
+    revision: str | None = Field(description="Its commit, where known")
+
+
+# ---- OpenAI's ------------------------------------------------------------------------------------------
+
+Granularities = list[Literal["segment", "word"]]
+
+
+def _as_list(value: Any) -> Any:
+    """A single granularity may come as a text; none, however a client writes it, is the default."""
+    return [value] if value and isinstance(value, str) else value or ["segment"]
+
+
+class TranslationRequest(OpenAIRequest):
+    file: str = Field(description="The audio file: base64, a `data:` URI or an http(s) URL")
+    model: str | None = Field(None, description="The served model's name")
+    prompt: str | None = Field(None, max_length=4000, description="Text before the audio")
+    response_format: ResponseFormat = Field("json", description="As OpenAI's")
+    temperature: float = Field(0.0, ge=0, le=1, description="0: raised where the result is unlikely")
+    vad: bool = Field(True, description="Not OpenAI's: false decodes all audio, speech or not")
+    stream: Annotated[bool | None, BeforeValidator(lambda value: value or None)] = Field(
+        None, description="Not served"
+    )
+
+    @model_validator(mode="after")
+    def _not_streamed(self) -> TranslationRequest:
+        if self.stream:
+            raise invalid("stream", "answers are not streamed here. Leave it out.", "unsupported")
+        return self
+
+    def to_worker_request(self) -> WhisperRequest:
+        """The same request in the worker's own fields."""
+        return WhisperRequest(
+            audio=self.file,
+            task="translate",
+            response_format=self.response_format,
+            prompt=self.prompt,
+            temperature=self.temperature,
+            vad=self.vad,
+        )
+
+
+class TranscriptionRequest(TranslationRequest):
+    language: str | None = Field(None, description="Spoken language; unset: detected")
+    timestamp_granularities: Annotated[Granularities, BeforeValidator(_as_list)] = Field(
+        default=["segment"], max_length=2, description="Only with verbose_json"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _form_name(cls, value: Any) -> Any:
+        """Forms name the field `timestamp_granularities[]`."""
+        name = "timestamp_granularities"
+        if isinstance(value, dict) and f"{name}[]" in value:
+            value = {**value, name: value.get(name) or value[f"{name}[]"]}
+        return value
+
+    @model_validator(mode="after")
+    def _words_only_in_verbose_json(self) -> TranscriptionRequest:
+        if "word" in self.timestamp_granularities and self.response_format != "verbose_json":
+            message = "words are returned only with response_format verbose_json."
+            raise invalid("timestamp_granularities", message)
+        return self
+
+    def to_worker_request(self) -> WhisperRequest:
+        update = {
+            "task": "transcribe",
+            "language": self.language or None,
+            "word_timestamps": "word" in self.timestamp_granularities,
+        }
+        return super().to_worker_request().model_copy(update=update)
+
+
+class DurationUsage(BaseModel):
+    type: Literal["duration"] = "duration"
+    seconds: float
+
+
+class OpenAIText(BaseModel):
+    text: str
+    usage: DurationUsage
+
+
+class OpenAIVerbose(BaseModel):
+    task: Task
+    language: str
+    duration: float
+    text: str
+    segments: list[Segment] | None
+    words: list[Word] | None
+    usage: DurationUsage
