@@ -160,7 +160,7 @@ async def _fill(buffer: _Buffer, source: AsyncIterator[str]) -> None:
 
 
 async def merge_streams(sources: Sequence[AsyncIterator[T]]) -> AsyncGenerator[list[tuple[int, T]]]:
-    """The items of several streams, each with its stream's index: every list has all items since the last list.
+    """The items of several streams, each with its stream's index: a list has all items since the last one.
 
     The first item comes at once, alone or with what came at the same time. An error of a source is raised
     after the items that came before it. The sources are closed when all have ended, when this is closed and
@@ -201,7 +201,7 @@ async def merge_streams(sources: Sequence[AsyncIterator[T]]) -> AsyncGenerator[l
 
 
 class _WhenJobEnds:
-    """Call `stop` once, when the block or the task `job` ends; the block ends after the tasks that it returns.
+    """Call `stop` once, when the block or the task `job` ends; the block ends after the tasks of `stop`.
 
     The end of the job matters where a generator is suspended in the block and nobody closes it.
     """
