@@ -25,7 +25,7 @@ TALK: Any = [{"role": "user", "content": "Name three rivers."}]
 CHAT = "/v1/chat/completions"
 
 
-KEPT = []  # an engine's session ends with the loop of the test that uses it, and must exist until then
+KEPT: list[Any] = []  # an engine's session must exist until the loop of the test that uses it ends
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def prepared(**env: str) -> Iterator[ModuleType]:
         yield module
     finally:
         KEPT[-1].client.stop()
-        module.engine = before
+        module.__dict__["engine"] = before
 
 
 @pytest.fixture(scope="module")

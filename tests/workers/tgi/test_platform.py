@@ -95,7 +95,7 @@ def test_openai_tools_schemas_and_logprobs(client: openai.OpenAI) -> None:
     plain = client.chat.completions.create(**asked, tools=[tool], tool_choice="required").choices[0]
     assert plain.finish_reason in ("tool_calls", "length")
     assert plain.message.tool_calls is not None
-    assert plain.message.tool_calls[0].function.name == "add"  # type: ignore[union-attr]
+    assert plain.message.tool_calls[0].function.name == "add"
     schema = {"type": "object", "properties": {"a": {"type": "string"}}}
     form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     assert client.chat.completions.create(**asked, response_format=form).choices[0].message.content

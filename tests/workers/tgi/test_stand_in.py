@@ -179,7 +179,13 @@ def test_sampling_parameters_change_the_text(url: str) -> None:
 
     assert text() == text(seed=3)
     assert text(do_sample=True, seed=3) == text(do_sample=True, seed=3)
-    others = [{"seed": 4}, {"top_k": 5}, {"top_p": 0.5}, {"typical_p": 0.5}, {"temperature": 2.0}]
+    others: list[Any] = [
+        {"seed": 4},
+        {"top_k": 5},
+        {"top_p": 0.5},
+        {"typical_p": 0.5},
+        {"temperature": 2.0},
+    ]
     assert len({text(do_sample=True, **{"seed": 3, **other}) for other in others}) == 5
     assert len({text(), text(repetition_penalty=1.5), text(frequency_penalty=0.5)}) == 3
 

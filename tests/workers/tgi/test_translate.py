@@ -92,7 +92,7 @@ def test_an_invalid_field_is_refused_by_name(payload: dict[str, Any], param: str
 
 
 def test_openai_requests_as_tgi_takes_them() -> None:
-    neutral = {"n": 1, "presence_penalty": 0, "logit_bias": {}, "top_p": 1, "tools": []}
+    neutral: Any = {"n": 1, "presence_penalty": 0, "logit_bias": {}, "top_p": 1, "tools": []}
     assert chat_body(**neutral, stream_options=None) == {"messages": TALK, "stop": []}
     assert chat_body(stop="x")["stop"] == ["x"]
     assert chat_body(max_completion_tokens=5, max_tokens=9)["max_tokens"] == 5

@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ import pytest
 import requests
 
 from local import Platform, Rules, running
-from shared import reaper
+from serving.engine_server import reaper
+from tests.helpers import wait_until
 from tools.models import local_env, vllm_cpu
 from tools.workers import ROOT
 
@@ -41,13 +42,6 @@ ADD: Any = {
         "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
     },
 }
-
-
-def until(condition: Callable[[], Any], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.02)
 
 
 def adapter(folder: Path) -> Path:
@@ -136,13 +130,13 @@ def held(platform: Platform, engine: Engine, answers: int, *orders: dict[str, An
             assert found <= {"IN_QUEUE", "IN_PROGRESS", "COMPLETED"}
             return found
 
-        until(lambda: engine.running() >= answers or states() == {"COMPLETED"})
+        wait_until(lambda: engine.running() >= answers or states() == {"COMPLETED"})
         os.kill(engine.core, signal.SIGSTOP)
         engine.settle()
         if engine.running() >= answers and states() == {"IN_PROGRESS"}:
             return jobs
         os.kill(engine.core, signal.SIGCONT)  # this machine was elsewhere meanwhile: once more
-        until(lambda: states() == {"COMPLETED"})
+        wait_until(lambda: states() == {"COMPLETED"})
     pytest.fail("the jobs are over each time before they are looked at")
 
 
@@ -420,13 +414,13 @@ async def test_sixteen_streams(platform: Platform) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_cancelled_job_frees_its_slot(platform: Platform, engine: Engine, stream: bool) -> None:
-    until(lambda: engine.running() == 0)
+    wait_until(lambda: engine.running() == 0)
     before = engine.made()
     order = {"prompt": "The river", "max_tokens": 1000, "ignore_eos": True, "n": 32, "stream": stream}
     (job,) = held(platform, engine, 32, order)
     call(platform, "POST", f"cancel/{job}")
     os.kill(engine.core, signal.SIGCONT)
-    until(lambda: engine.running() == 0)
+    wait_until(lambda: engine.running() == 0)
     assert (engine.made() - before) % 32_000 > 0  # it did not go on to the end
     assert call(platform, "GET", f"status/{job}")["status"] == "CANCELLED"
 
@@ -449,10 +443,14 @@ def test_a_killed_core_ends_the_jobs_and_the_worker(platform: Platform, engine: 
     began = time.monotonic()
     os.kill(engine.core, signal.SIGKILL)
     for job in jobs:
-        until(lambda job=job: call(platform, "GET", f"status/{job}")["status"] in ("FAILED", "COMPLETED"))  # type: ignore[misc]
+
+        def has_ended(job: str = job) -> bool:
+            return call(platform, "GET", f"status/{job}")["status"] in ("FAILED", "COMPLETED")
+
+        wait_until(has_ended)
         answer = call(platform, "GET", f"status/{job}")
         assert answer["status"] == "FAILED", answer
         assert json.loads(answer["error"])["code"] == "engine_died"
     assert time.monotonic() - began < 60
-    until(lambda: process.returncode is not None)
-    until(lambda: reaper.members(engine.pid) == [])
+    wait_until(lambda: process.returncode is not None)
+    wait_until(lambda: reaper.members(engine.pid) == [])
