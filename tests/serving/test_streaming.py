@@ -252,9 +252,9 @@ async def test_the_end_of_the_job_closes_a_source_that_is_held_back():
 @both
 async def test_closing_the_stream_does_not_break_into_the_closing_of_the_source(through):
     engine = Engine(["x"] * 1000, [0.001] * 1000)
-    stream = through(engine())
-    job = asyncio.create_task(iterate(stream, 60))
-    await until(lambda: engine.given)
+    stream, chunks = through(engine()), []
+    job = asyncio.create_task(iterate(stream, 60, chunks))
+    await until(lambda: chunks)
     job.cancel()
     await engine.closing.wait()
     await stream.aclose()

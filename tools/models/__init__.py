@@ -114,7 +114,7 @@ LOCAL: dict[str, Callable[[], dict[str, str]]] = {
 }
 
 NOTES = {
-    "tgi": "TGI itself runs in its image, on a GPU. Here a stand-in takes its place (tools/stand_ins/tgi.py), "
+    "tgi": "TGI runs in its image, on a GPU. Here a stand-in takes its place (tools/stand_ins/tgi.py), "
     "which has TGI's API and answers with random words.",
 }
 """What `make run-<worker>` prints of a worker that does not run here as it is."""
