@@ -75,7 +75,7 @@ def running_in_tgi(worker: ModuleType) -> int:
     return int(match[1])
 
 
-async def test_an_answer_is_tgis(worker: ModuleType) -> None:
+async def test_an_answer_equals_tgis_own(worker: ModuleType) -> None:
     asked = {"prompt": "The river", "max_tokens": 30, "seed": 7}
     parameters = {"max_new_tokens": 30, "temperature": 0.7, "top_p": 0.95, "do_sample": True, "seed": 7}
     theirs = await direct(worker, "/generate", inputs="The river", parameters={**parameters, "details": True})
@@ -93,12 +93,12 @@ async def test_an_answer_is_tgis(worker: ModuleType) -> None:
 @pytest.mark.parametrize(
     "settings", [{}, {"details": True, "top_n_tokens": 2}, {"return_full_text": True}], ids=str
 )
-async def test_a_stream_is_the_plain_answer_in_pieces(worker: ModuleType, settings: dict[str, Any]) -> None:
+async def test_a_stream_equals_the_complete_answer(worker: ModuleType, settings: dict[str, Any]) -> None:
     for number in range(6):
         asked = {"prompt": f"river {number}", "max_tokens": 40, "seed": 4, **settings}
         plain = await send(worker.handler, **asked)
-        *pieces, end = await stream(worker.handler, **asked, stream=True)
-        assert "".join(piece["response"] for piece in pieces) == plain["response"]
+        *parts, end = await stream(worker.handler, **asked, stream=True)
+        assert "".join(part["response"] for part in parts) == plain["response"]
         assert end == {**plain, "response": ""}
         if settings.get("details"):
             assert len(plain["details"]["tokens"]) == plain["usage"]["completion_tokens"]
@@ -109,7 +109,7 @@ async def test_a_stream_is_the_plain_answer_in_pieces(worker: ModuleType, settin
             assert plain["response"].startswith(f"river {number} ")
 
 
-async def test_tokens_stream_as_they_are_made(worker: ModuleType) -> None:
+async def test_tokens_stream_while_they_are_generated(worker: ModuleType) -> None:
     asked = {"prompt": "[[slow 50]] go", "max_tokens": 2000, "temperature": 0, "stream": True}
     parts = worker.handler.stream({"id": "job-1", "input": asked})
     for _ in range(3):
@@ -120,12 +120,12 @@ async def test_tokens_stream_as_they_are_made(worker: ModuleType) -> None:
 
 
 async def test_a_stream_that_stops_before_its_end_is_no_answer(worker: ModuleType) -> None:
-    *pieces, told, end = await stream(worker.handler, prompt="[[stop 3]]", stream=True)
-    assert pieces
-    assert told["detail"]["code"] == json.loads(end["error"])["code"] == "engine_unreachable"
+    *parts, event, end = await stream(worker.handler, prompt="[[stop 3]]", stream=True)
+    assert parts
+    assert event["detail"]["code"] == json.loads(end["error"])["code"] == "engine_unreachable"
 
 
-async def test_messages_are_what_tgis_own_chat_makes_of_them(worker: ModuleType) -> None:
+async def test_messages_equal_tgis_own_chat_route(worker: ModuleType) -> None:
     """With all of TGI's parameters beside, which its chat route does not have."""
     body = {"messages": TALK, "max_tokens": 20, "temperature": 0}
     theirs = await direct(worker, "/v1/chat/completions", **body)
@@ -135,8 +135,8 @@ async def test_messages_are_what_tgis_own_chat_makes_of_them(worker: ModuleType)
     assert (await send(worker.handler, **body, repetition_penalty=1.3))["response"] != answer["response"]
 
 
-async def test_the_token_before_every_text_comes_once(tmp_path: Path) -> None:
-    """The template writes it, and TGI would write it again before the text that the template gave."""
+async def test_the_bos_token_is_added_once(tmp_path: Path) -> None:
+    """The template has the token, and TGI would add another one."""
     source = Path(local_env("tgi")["MODEL_NAME"])
     (tmp_path / "model.safetensors").symlink_to(source / "model.safetensors")
     with prepared(MODEL_NAME=str(with_bos(source, tmp_path))) as module:
@@ -151,21 +151,21 @@ async def test_the_token_before_every_text_comes_once(tmp_path: Path) -> None:
         )
 
 
-async def test_a_text_ends_before_its_stop_text(worker: ModuleType) -> None:
-    """Everywhere, though TGI gives the stop text away."""
+async def test_an_answer_ends_before_its_stop_text(worker: ModuleType) -> None:
+    """On every route, though TGI includes the stop text."""
     asked = {"max_tokens": 60, "temperature": 0}
-    whole = (await send(worker.handler, prompt="The sea", **asked))["response"]
-    said = (await send(worker.handler, messages=TALK, **asked))["response"]
+    completed = (await send(worker.handler, prompt="The sea", **asked))["response"]
+    chatted = (await send(worker.handler, messages=TALK, **asked))["response"]
     for text, field, route in (
-        (whole, {"prompt": "The sea"}, "/v1/completions"),
-        (said, {"messages": TALK}, "/v1/chat/completions"),
+        (completed, {"prompt": "The sea"}, "/v1/completions"),
+        (chatted, {"messages": TALK}, "/v1/chat/completions"),
     ):
         stop = text.split()[3]
         cut = text[: text.index(stop)]
-        answer = await send(worker.handler, **field, **asked, stop=[stop, "never said"])
+        answer = await send(worker.handler, **field, **asked, stop=[stop, "unused"])
         assert (answer["response"], answer["finish_reason"]) == (cut, "stop")
-        *pieces, end = await stream(worker.handler, **field, **asked, stop=stop, stream=True)
-        assert "".join(piece["response"] for piece in pieces) == cut
+        *parts, end = await stream(worker.handler, **field, **asked, stop=stop, stream=True)
+        assert "".join(part["response"] for part in parts) == cut
         assert end == {**answer, "response": ""}
         plain = (await openai(worker.handler, route, **field, **asked, stop=stop))["choices"][0]
         assert plain["finish_reason"] == "stop"
@@ -175,13 +175,16 @@ async def test_a_text_ends_before_its_stop_text(worker: ModuleType) -> None:
             event["choices"][0]
             for event in sse_events(await stream(worker.handler, openai_route=route, openai_input=body))
         ]
-        pieces = [it["text"] if "text" in it else it["delta"].get("content") or "" for it in streamed]
-        assert "".join(pieces) == cut
-        assert [it["finish_reason"] for it in streamed] == [None] * (len(streamed) - 1) + ["stop"]
+        parts = [
+            choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+            for choice in streamed
+        ]
+        assert "".join(parts) == cut
+        assert [choice["finish_reason"] for choice in streamed] == [None] * (len(streamed) - 1) + ["stop"]
 
 
-async def test_the_mark_of_the_end_is_not_given_away(worker: ModuleType) -> None:
-    """TGI's stream of completions has it as text."""
+async def test_the_end_token_is_no_text(worker: ModuleType) -> None:
+    """TGI's stream of completions has its text."""
     for number in range(30):
         body: dict[str, Any] = {"prompt": f"number {number}", "max_tokens": 500, "temperature": 0}
         plain = (await openai(worker.handler, "/v1/completions", **body))["choices"][0]
@@ -193,7 +196,7 @@ async def test_the_mark_of_the_end_is_not_given_away(worker: ModuleType) -> None
     assert streamed[-1]["choices"][0]["finish_reason"] == "stop"
 
 
-async def test_a_long_prompt_gets_the_room_that_is_left(worker: ModuleType) -> None:
+async def test_the_default_length_is_what_a_long_prompt_leaves(worker: ModuleType) -> None:
     """512 tokens are the worker's own choice; a number that the client gives is the client's."""
     prompt = " river" * 1900
     *_, end = await stream(worker.handler, prompt=prompt, temperature=0, stream=True)
@@ -206,7 +209,7 @@ async def test_a_long_prompt_gets_the_room_that_is_left(worker: ModuleType) -> N
     assert "1900" in problem["message"]
 
 
-async def test_messages_of_a_client_with_nulls_in_them(worker: ModuleType) -> None:
+async def test_null_fields_of_messages_are_left_out(worker: ModuleType) -> None:
     talk = [{"role": "user", "content": "Hi", "name": None, "tool_calls": None}]
     answer = await send(worker.handler, messages=talk, max_tokens=2, temperature=0)
     same = await openai(worker.handler, CHAT, messages=talk, max_tokens=2, temperature=0)
@@ -236,7 +239,7 @@ async def test_messages_of_a_client_with_nulls_in_them(worker: ModuleType) -> No
         (through("/v1/../generate", inputs="a"), "openai_route", "unknown_route"),
     ],
 )  # fmt: skip
-async def test_errors_are_told_and_the_worker_goes_on(
+async def test_a_job_that_fails_names_the_field_and_the_worker_goes_on(
     worker: ModuleType, payload: dict[str, Any], param: str | None, code: str
 ) -> None:
     body = payload.get("openai_input")
@@ -248,14 +251,14 @@ async def test_errors_are_told_and_the_worker_goes_on(
     assert running_in_tgi(worker) == 0
 
 
-async def test_an_error_within_a_stream_comes_after_what_was_made(worker: ModuleType) -> None:
-    *pieces, told, end = await stream(
+async def test_an_error_within_a_stream_comes_after_its_text(worker: ModuleType) -> None:
+    *parts, event, end = await stream(
         worker.handler, prompt="[[slow 30]] [[fail 9]]", max_tokens=20, stream=True
     )
-    assert [set(piece) for piece in pieces] == [{"response"}] * len(pieces)
-    assert pieces
-    assert told["event"] == "error"
-    assert told["detail"]["code"] == json.loads(end["error"])["code"] == "generation_failed"
+    assert [set(part) for part in parts] == [{"response"}] * len(parts)
+    assert parts
+    assert event["event"] == "error"
+    assert event["detail"]["code"] == json.loads(end["error"])["code"] == "generation_failed"
     body = {"prompt": "[[slow 30]] [[fail 9]]", "stream": True}
     *chunks, end = await stream(worker.handler, openai_route="/v1/completions", openai_input=body)
     *made, last = sse_events(chunks)
@@ -274,7 +277,7 @@ async def test_an_error_within_a_stream_comes_after_what_was_made(worker: Module
     ],
     ids=str,
 )  # fmt: skip
-async def test_a_cancelled_job_gives_its_places_up(worker: ModuleType, payload: dict[str, Any]) -> None:
+async def test_a_cancelled_job_frees_its_requests(worker: ModuleType, payload: dict[str, Any]) -> None:
     several = payload.get("best_of") or isinstance(payload.get("openai_input", {}).get("prompt"), list)
     job = asyncio.create_task(stream(worker.handler, **payload))
     await until(lambda: running_in_tgi(worker) == (2 if several else 1))
@@ -311,7 +314,7 @@ async def test_a_request_over_the_payload_limit() -> None:
 async def test_adapters_are_served_by_name(tmp_path: Path) -> None:
     with prepared(LORA_ADAPTERS=f"my/Adapter={tmp_path}") as module:
         listed = await openai(module.handler, "/v1/models")
-        assert [it["id"] for it in listed["data"]] == ["stand-in/no-model", "my/Adapter"]
+        assert [model["id"] for model in listed["data"]] == ["stand-in/no-model", "my/Adapter"]
         body = {"messages": TALK, "max_tokens": 2}
         assert (await openai(module.handler, CHAT, model="MY/adapter", **body))["model"] == "my/Adapter"
         for name in ("stand-in/no-model", "tgi", None):
@@ -319,7 +322,7 @@ async def test_adapters_are_served_by_name(tmp_path: Path) -> None:
         assert (await send(module.handler, prompt="a", adapter_id="my/Adapter"))["finish_reason"]
 
 
-async def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
+async def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
     for file in Path(local_env("tgi")["MODEL_NAME"]).iterdir():
         if file.name != "chat_template.jinja":
             (tmp_path / file.name).symlink_to(file)

@@ -62,15 +62,17 @@ def test_openai_client(client: openai.OpenAI) -> None:
     plain = client.chat.completions.create(**asked)
     assert plain.id.startswith("chatcmpl-")
     assert plain.model == model.id
-    (choice,) = plain.choices
+    (end,) = plain.choices
     chunks = list(
         client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
     )
     assert chunks[-1].usage == plain.usage
     assert {chunk.id[:9] for chunk in chunks} == {"chatcmpl-"}
-    said = [chunk.choices[0] for chunk in chunks[:-1]]
-    assert "".join(it.delta.content or "" for it in said) == (choice.message.content or "").rstrip("\ufffd")
-    assert [it.finish_reason for it in said] == [None] * (len(said) - 1) + [choice.finish_reason]
+    choices = [chunk.choices[0] for chunk in chunks[:-1]]
+    assert "".join(choice.delta.content or "" for choice in choices) == (end.message.content or "").rstrip(
+        "\ufffd"
+    )
+    assert [choice.finish_reason for choice in choices] == [None] * (len(choices) - 1) + [end.finish_reason]
 
 
 def test_openai_completions_of_several_prompts(client: openai.OpenAI) -> None:
@@ -78,7 +80,7 @@ def test_openai_completions_of_several_prompts(client: openai.OpenAI) -> None:
         "model": "stand-in/no-model", "prompt": ["The river", "the sea"], "max_tokens": 9, "temperature": 0,
     }  # fmt: skip
     plain = client.completions.create(**asked)
-    texts = {it.index: it.text.rstrip("\ufffd") for it in plain.choices}
+    texts = {choice.index: choice.text.rstrip("\ufffd") for choice in plain.choices}
     streamed = dict.fromkeys(texts, "")
     usage = None
     for chunk in client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
@@ -99,13 +101,13 @@ def test_openai_tools_schemas_and_logprobs(client: openai.OpenAI) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "string"}}}
     form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     assert client.chat.completions.create(**asked, response_format=form).choices[0].message.content
-    told = client.chat.completions.create(**asked, logprobs=True, top_logprobs=3).choices[0].logprobs
-    assert told is not None
-    assert told.content is not None
-    assert [len(it.top_logprobs) for it in told.content] == [3] * 5
+    logprobs = client.chat.completions.create(**asked, logprobs=True, top_logprobs=3).choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert [len(token.top_logprobs) for token in logprobs.content] == [3] * 5
 
 
-def test_openai_client_sees_errors(client: openai.OpenAI) -> None:
+def test_errors_on_openai_routes(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "stand-in/no-model", "messages": TALK}
     for wrong, code in (
         ({"model": "gpt-4o"}, "model_not_found"),
@@ -129,7 +131,7 @@ def test_many_clients_at_once(platform: Platform) -> None:
     assert len(set(answers)) > 4
 
 
-def test_no_secret_is_told(platform: Platform) -> None:
+def test_no_secret_is_logged(platform: Platform) -> None:
     """TGI's launcher logs its arguments, and the worker the launcher's command line."""
     runsync(platform, {"prompt": "[[fail 1]]"})
     (worker,) = platform.workers
@@ -151,13 +153,13 @@ def launcher_of(worker: WorkerProcess) -> int:
     raise AssertionError(listed)
 
 
-def test_the_launcher_fetches_to_the_volume(platform: Platform, volume: Path) -> None:
+def test_tgis_downloads_go_to_the_volume(platform: Platform, volume: Path) -> None:
     given = Path(f"/proc/{launcher_of(platform.workers[0])}/environ").read_text().split("\0")
     assert f"HF_HOME={volume / 'huggingface-cache'}" in given
 
 
 def test_a_worker_whose_tgi_dies_is_replaced() -> None:
-    """In the middle of answers: all are told, and the next job is answered by another process."""
+    """In the middle of answers: all jobs fail, and another process answers the next one."""
     with running("tgi", env=local_env("tgi"), rules=QUICK) as platform:
         first = platform.workers[0]
         session = launcher_of(first)
@@ -201,7 +203,7 @@ def test_a_worker_whose_tgi_hangs_is_replaced() -> None:
         assert first not in platform.workers
 
 
-def test_told_to_end_a_worker_finishes_its_jobs() -> None:
+def test_a_worker_finishes_its_jobs_at_sigterm() -> None:
     with running("tgi", env=local_env("tgi"), rules=QUICK) as platform:
         (worker,) = platform.workers
         session = launcher_of(worker)
@@ -218,7 +220,7 @@ def test_told_to_end_a_worker_finishes_its_jobs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("env", "code", "said"),
+    ("env", "code", "text"),
     [
         ({"TGI_STAND_IN_START": "oom"}, "out_of_memory", "CUDA out of memory"),
         ({"MODEL_NAME": ""}, "bad_setting", "MODEL_ID"),
@@ -227,22 +229,22 @@ def test_told_to_end_a_worker_finishes_its_jobs() -> None:
     ],
     ids=["memory", "model", "argument", "validation"],
 )  # fmt: skip
-def test_what_cannot_be_mended_is_told_to_every_job(env: dict[str, str], code: str, said: str) -> None:
+def test_a_permanent_cause_is_answered_to_every_job(env: dict[str, str], code: str, text: str) -> None:
     with running("tgi", env={**local_env("tgi"), **env}) as platform:
         answer = runsync(platform, {"prompt": "a"})
         assert answer["status"] == "FAILED", answer
         problem = json.loads(answer["error"])
         assert problem["code"] == code, problem
-        assert said in problem["message"]
+        assert text in problem["message"]
 
 
-def test_a_start_that_may_go_well_another_time_is_given_up() -> None:
+def test_another_cause_ends_the_worker() -> None:
     env = {**local_env("tgi"), "TGI_STAND_IN_START": "crash"}
     with pytest.raises(WorkerFailed, match="tgi ended with status 1"), running("tgi", env=env):
         pass
 
 
-def test_a_plain_worker_gives_the_object_itself() -> None:
+def test_complete_answers_where_streaming_is_false() -> None:
     with running("tgi", env={**local_env("tgi"), "STREAMING": "false"}) as platform:
         answer = runsync(platform, {"prompt": "The river", "max_tokens": 1})
         assert answer["output"]["finish_reason"] == "length"

@@ -47,14 +47,14 @@ BASE = ["--served-model-name", "me/model", "--dtype", "auto", "--disable-uvicorn
 
 
 def grouped(words: list[str]) -> dict[str, list[str]]:
-    """Each flag and what follows it."""
-    found: dict[str, list[str]] = {}
+    """Each flag and its arguments."""
+    flags: dict[str, list[str]] = {}
     for word in words:
         if word.startswith("--"):
-            found[word] = values = []
+            flags[word] = values = []
         else:
             values.append(word)
-    return found
+    return flags
 
 
 def test_without_variables(words: Callable[..., list[str]]) -> None:
@@ -129,24 +129,24 @@ def test_a_wrong_value_is_named(words: Callable[..., list[str]], env: dict[str, 
 
 
 def test_extra_arguments_come_last(words: Callable[..., list[str]]) -> None:
-    found = words(
+    line = words(
         MODEL_NAME="me/model", SEED="1", CUDA_VISIBLE_DEVICES="0,1",
         VLLM_EXTRA_ARGS="--seed=2 --tensor_parallel_size 1 --no-disable-uvicorn-access-log "
         "--hf-overrides '{\"a\": 1}'",
     )  # fmt: skip
-    assert found[-6:] == [
+    assert line[-6:] == [
         "--seed=2", "--tensor_parallel_size", "1", "--no-disable-uvicorn-access-log", "--hf-overrides",
         '{"a": 1}',
     ]  # fmt: skip
-    assert grouped(found[:-6]) == grouped(["--seed", "1", *BASE[:-1]])
+    assert grouped(line[:-6]) == grouped(["--seed", "1", *BASE[:-1]])
 
 
 def test_the_config_file_replaces_defaults(words: Callable[..., list[str]], tmp_path: Path) -> None:
     file = tmp_path / "vllm.yaml"
     file.write_text("# ours\ntensor_parallel_size: 1\nseed: 3\n")
-    found = words(MODEL_NAME="me/model", VLLM_CONFIG_FILE=str(file), CUDA_VISIBLE_DEVICES="0,1")
-    assert found[found.index("--config") + 1] == str(file)
-    assert "--tensor-parallel-size" not in found
+    line = words(MODEL_NAME="me/model", VLLM_CONFIG_FILE=str(file), CUDA_VISIBLE_DEVICES="0,1")
+    assert line[line.index("--config") + 1] == str(file)
+    assert "--tensor-parallel-size" not in line
 
 
 @pytest.mark.parametrize(
@@ -181,8 +181,8 @@ def test_a_config_file_that_cannot_be_read(
 
 def test_served_names(words: Callable[..., list[str]]) -> None:
     def served(**env: str) -> list[str]:
-        found = words(MODEL_NAME="me/model", **env)
-        return found[found.index("--served-model-name") + 1 : found.index("--dtype")]
+        line = words(MODEL_NAME="me/model", **env)
+        return line[line.index("--served-model-name") + 1 : line.index("--dtype")]
 
     assert served(SERVED_MODEL_NAME="one") == ["one"]
     assert served(SERVED_MODEL_NAME="one two") == ["one", "two"]
@@ -192,11 +192,11 @@ def test_served_names(words: Callable[..., list[str]]) -> None:
 def test_all_gpus_that_divide_the_heads(words: Callable[..., list[str]], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {"num_attention_heads": 28}}))
     for visible, size in (("0", None), ("0,1", "2"), ("0,1,2", "2"), ("0,1,2,3,4,5,6,7", "7"), ("-1", None)):
-        found = words(MODEL_NAME="me/model", CUDA_VISIBLE_DEVICES=visible)
-        assert ("--tensor-parallel-size" in found) == (size is not None), visible
-        assert size is None or found[found.index("--tensor-parallel-size") + 1] == size
-    found = words(MODEL_NAME="me/model", CUDA_VISIBLE_DEVICES="0,1", TENSOR_PARALLEL_SIZE="1")
-    assert found[found.index("--tensor-parallel-size") + 1] == "1"
+        line = words(MODEL_NAME="me/model", CUDA_VISIBLE_DEVICES=visible)
+        assert ("--tensor-parallel-size" in line) == (size is not None), visible
+        assert size is None or line[line.index("--tensor-parallel-size") + 1] == size
+    line = words(MODEL_NAME="me/model", CUDA_VISIBLE_DEVICES="0,1", TENSOR_PARALLEL_SIZE="1")
+    assert line[line.index("--tensor-parallel-size") + 1] == "1"
 
 
 @pytest.mark.parametrize(
@@ -221,8 +221,8 @@ def test_stages_and_copies_share_the_gpus(
     if text := env.get("VLLM_CONFIG_FILE"):
         (tmp_path / "vllm.yaml").write_text(text)
         env = {"VLLM_CONFIG_FILE": str(tmp_path / "vllm.yaml")}
-    found = words(MODEL_NAME="me/model", CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7", **env)
-    assert grouped(found).get("--tensor-parallel-size") == (size and [size])
+    line = words(MODEL_NAME="me/model", CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7", **env)
+    assert grouped(line).get("--tensor-parallel-size") == (size and [size])
 
 
 def test_gpus_are_counted_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,12 +291,12 @@ def test_the_image_has_the_version_of_the_table() -> None:
 def test_differences_between_tables() -> None:
     dump_flags = load_module("vllm", "dump_flags")
     kept = schemas.engine_table()
-    found = json.loads(json.dumps(kept))
-    assert dump_flags.differences(kept, found) == []
-    found["flags"]["seed"] = "text"
-    found["flags"]["new-flag"] = found["flags"].pop("dtype")
-    found["fields"]["chat"].remove("tools")
-    assert dump_flags.differences(kept, found) == [
+    installed = json.loads(json.dumps(kept))
+    assert dump_flags.differences(kept, installed) == []
+    installed["flags"]["seed"] = "text"
+    installed["flags"]["new-flag"] = installed["flags"].pop("dtype")
+    installed["fields"]["chat"].remove("tools")
+    assert dump_flags.differences(kept, installed) == [
         "fields.chat.tools: gone", "flags.dtype: gone", "flags.new-flag: new",
         "flags.seed: kept int, is text",
     ]  # fmt: skip
@@ -304,10 +304,10 @@ def test_differences_between_tables() -> None:
 
 def test_the_engines_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     def env(given: set[str], *, online: bool = True) -> dict[str, str | None]:
-        found: dict[str, str | None] = command_line.engine_env(
+        changed: dict[str, str | None] = command_line.engine_env(
             command_line.Command([], {}, [], given), online=online
         )
-        return found
+        return changed
 
     monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
     plain = env(set())

@@ -110,9 +110,9 @@ def test_a_stream_that_stops_before_its_end_is_no_answer(supervised: Client) -> 
     answer = supervised.wait(supervised.run(prompt="stop", stream=True))
     assert answer["status"] == "FAILED", answer
     assert json.loads(answer["error"])["code"] == "engine_unreachable"
-    whole = supervised.wait(supervised.run(prompt="hello", stream=True))
-    assert whole["status"] == "COMPLETED", whole
-    assert "".join(whole["output"]).endswith("data: [DONE]\n\n")
+    complete = supervised.wait(supervised.run(prompt="hello", stream=True))
+    assert complete["status"] == "COMPLETED", complete
+    assert "".join(complete["output"]).endswith("data: [DONE]\n\n")
 
 
 @pytest.mark.parametrize("way", ["a plain job", "a stream", "hung", "between jobs"])
@@ -197,7 +197,7 @@ async def _soon(function: Callable[[], None]) -> None:
     function()
 
 
-def test_plain_answers_where_streaming_is_false() -> None:
+def test_complete_answers_where_streaming_is_false() -> None:
     with worker(STREAMING="false") as platform:
         client = Client(platform)
         answer = client.wait(client.run(prompt="hello"))

@@ -55,7 +55,7 @@ def test_vllms_own_fields_pass_untouched() -> None:
     assert "max_tokens" not in body
 
 
-def test_a_stream_tells_its_usage() -> None:
+def test_a_stream_includes_its_usage() -> None:
     request = validate(
         schemas.GenerateRequest,
         {"prompt": "a", "stream": True, "stream_options": {"continuous_usage_stats": True}},
@@ -96,7 +96,7 @@ def test_the_official_workers_form() -> None:
         ({"prompt": "a", "guided_json": {}}, "guided_json", '"structured_outputs": {"json": ...}'),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_by_name(payload: dict[str, Any], param: str, text: str) -> None:
+def test_an_invalid_field_is_refused_by_name(payload: dict[str, Any], param: str, text: str) -> None:
     with pytest.raises(JobError) as caught:
         validate(schemas.GenerateRequest, payload)
     assert str(caught.value.param).split(".")[0] == param
@@ -151,7 +151,7 @@ def test_the_official_workers_routes() -> None:
         assert caught.value.param == param
 
 
-def test_prewarm_asks_what_the_model_can_do() -> None:
+def test_prewarm_uses_a_route_of_the_model() -> None:
     paths = ("/v1/completions", "/v1/embeddings", "/score")
     asked = [handler.prewarm_inputs(f'{{"paths": {{"{path}": {{}}}}}}')[0] for path in paths]
     assert [request.get("openai_route") for request in asked] == [None, "/v1/embeddings", "/score"]
