@@ -1,6 +1,6 @@
 """workers/tgi beside the naive handler and beside its own server, asked without it: what the hop costs.
 
-TGI itself needs a GPU and its image: in its place runs tools/tgi_stand_in.py, which speaks its API and gives
+TGI itself needs a GPU and its image: in its place runs tools/stand_ins/tgi.py, which speaks its API and gives
 random words, a token each 10 ms however many requests there are. So the worker is measured, and TGI is not.
 """
 
@@ -66,7 +66,7 @@ def report(found: dict[str, Any], where: dict[str, str]) -> tuple[str, dict[str,
     aims = servers.goals(found)
     text = f"""# tgi
 
-**Not TGI itself**, which needs a GPU, but the project's stand-in for its server (tools/tgi_stand_in.py): it
+**Not TGI itself**, which needs a GPU, but the project's stand-in for its server (tools/stand_ins/tgi.py): it
 speaks TGI's API and gives random words, a token each {STEP_MS} ms however many requests there are. What is
 measured is the worker in front of it.
 

@@ -1,8 +1,8 @@
 """What a generator yields to the SDK, which posts each yield and asks for the next when that is answered.
 
-async for chunk in relay(sse_events(response.content.iter_any())):  # the body keeps what comes meanwhile
+async for chunk in relay(sse_events(response.content.iter_any())):  # the body buffers in the meantime
     yield chunk
-async for chunk in coalesce(tokens()):  # here nobody else would
+async for chunk in coalesce(tokens()):  # nothing else would buffer
     yield chunk
 """
 
@@ -14,9 +14,9 @@ import io
 import json
 import re
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext, suppress
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from shared.errors import JobError, replace_lone_surrogates
 
@@ -25,134 +25,142 @@ STREAM_LIMIT = 1_000_000
 
 _ENVELOPE = len('{"output": ""}')  # what the SDK puts around a chunk
 _json = json.JSONEncoder(ensure_ascii=False).encode
-_BLANKS = re.compile("\n{3,}")
-_EVENT = re.compile(r".*?\n\n|.+", re.DOTALL)  # an event, or a text's last part
-_closings: set[asyncio.Task[None]] = set()
+_BLANK_LINES = re.compile("\n{3,}")
+_EVENT = re.compile(r".*?\n\n|.+", re.DOTALL)  # an event, or the end of a text that has no blank line
 T = TypeVar("T")
 
 
 async def relay(source: AsyncIterator[str], *, max_bytes: int = STREAM_LIMIT) -> AsyncIterator[str]:
-    """Yield what `source` gives, for one that gives at once all that has come since it was last asked.
+    """Yield what `source` yields, for a source that buffers by itself.
 
-    Nothing runs while a chunk is posted, so many streams cost little. What takes more than `max_bytes` as the
-    SDK posts it is cut after blank lines, which end server-sent events, and where that does not do, between
-    characters.
+    Nothing runs while a chunk is posted, so many streams cost little. A text that takes more than `max_bytes`
+    as the SDK posts it is split after blank lines, which end server-sent events, and between characters where
+    an event alone is too long.
 
-    An error of the source is raised as it comes. The source is closed as `coalesce` closes it, save that a
-    job cancelled while it waits for the source closes it itself, which a second cancel would break into: a
-    body that awaits nothing to be closed does not mind.
+    An error of the source is raised. The source is closed as `coalesce` closes it, with one exception: when
+    the job is cancelled while it waits for the source, the cancellation closes the source, and a second one
+    would interrupt that. A source whose closing awaits nothing is not affected.
     """
     room = max_bytes - _ENVELOPE
-    closing: list[asyncio.Task[None]] = []
-
-    def stop(_: object = None) -> None:
-        if not closing:
-            closing.append(asyncio.get_running_loop().create_task(_close(source)))
-            _closings.add(closing[0])
-            closing[0].add_done_callback(_closings.discard)
-
     job = asyncio.current_task()
     assert job is not None
-    job.add_done_callback(stop)
-    try:
-        async for text in source:
-            if _at_most(text) > room:
-                for chunk in _chunks(_EVENT.findall(text), room):
-                    yield chunk
-            elif text:
-                yield replace_lone_surrogates(text)
-    except asyncio.CancelledError:
-        if job.cancelling():
-            raise
-        raise _gave_up() from None
-    finally:
-        job.remove_done_callback(stop)
-        stop()
-        await asyncio.wait(closing)
+    async with _WhenJobEnds(job, lambda: [asyncio.create_task(_close(source))]):
+        try:
+            async for text in source:
+                if _max_size(text) > room:
+                    for chunk in _chunks(_EVENT.findall(text), room):
+                        yield chunk
+                elif text:
+                    yield replace_lone_surrogates(text)
+        except asyncio.CancelledError:
+            if job.cancelling():
+                raise
+            raise _source_cancelled() from None
 
 
 async def coalesce(source: AsyncIterator[str], *, max_bytes: int = STREAM_LIMIT) -> AsyncIterator[str]:
-    """Yield what `source` gives: the first unit at once, then each time all that has come since.
+    """Yield the first unit of `source` at once, then each time all units that have arrived since, joined.
 
-    A chunk takes at most `max_bytes` as the SDK posts it and is cut between units of the source. A unit that
-    alone takes more, be it a server-sent event, is cut between characters: joined, the chunks are the text.
-    While `max_bytes` wait to be taken the source is not asked for more.
+    A chunk takes at most `max_bytes` as the SDK posts it and is split between units. A unit that alone takes
+    more, even a server-sent event, is split between characters: joined, the chunks are the text. The source
+    is not asked for more while `max_bytes` are buffered.
 
-    An error of the source is raised after all that came before it. The source is closed when it ends, when
-    this is closed and when the task that iterates this ends, however it does: the SDK does not close the
-    generator of a job that it cancels. So the job's own task must do the iterating.
+    An error of the source is raised after all that it yielded before. The source is closed when it ends, when
+    this generator is closed, and when the task that iterates this generator ends, however it does: the SDK
+    does not close the generator of a job that it cancels. So the job's own task must do the iterating.
     """
-    room = max_bytes - _ENVELOPE
-    waiting: deque[tuple[str, int]] = deque()  # each with its bytes
-    fresh: list[str] = []  # what is not measured yet: together at most `guess` bytes
-    held = guess = 0
-    arrived, taken = asyncio.Event(), asyncio.Event()
-
-    def measure() -> None:
-        nonlocal held, guess
-        for unit in fresh:
-            for piece in _pieces(unit, room):
-                waiting.append(piece)
-                held += piece[1]
-        fresh.clear()
-        guess = 0
-
-    async def read() -> None:
-        nonlocal guess
-        try:
-            async with _closing(source):
-                async for unit in source:
-                    if not unit:
-                        continue
-                    fresh.append(unit)
-                    guess += _at_most(unit)
-                    arrived.set()
-                    if held + guess >= room:
-                        measure()
-                    while held >= room:
-                        taken.clear()
-                        await taken.wait()
-        except asyncio.CancelledError:
-            if reader.cancelling():
-                raise
-            raise _gave_up() from None
-        finally:
-            arrived.set()
-
-    def stop(_: object = None) -> None:
-        if not reader.cancelling():  # a second time would break into the closing of the source
-            reader.cancel()
-
-    reader = asyncio.create_task(read())
+    buffer = _Buffer(max_bytes - _ENVELOPE)
+    reader = asyncio.create_task(_fill(buffer, source))
     job = asyncio.current_task()
     assert job is not None
-    job.add_done_callback(stop)
-    try:
-        while waiting or fresh or not reader.done():
-            if fresh and not waiting and guess <= room:
-                chunk = replace_lone_surrogates("".join(fresh))
-                fresh.clear()
-                guess = 0
-                yield chunk
-                continue
-            measure()
-            if not waiting:
-                arrived.clear()
-                await arrived.wait()
-                continue
-            chunk, size = _take(waiting, room)
-            held -= size
-            taken.set()
-            yield chunk
+    async with _WhenJobEnds(job, lambda: _cancel([reader])):
+        while buffer or not reader.done():
+            if buffer:
+                yield buffer.take()
+            else:
+                await buffer.wait_until_filled()
         reader.result()
+
+
+class _Buffer:
+    """Units between a source and the SDK. `room`: the bytes of a chunk, and the limit of what is buffered.
+
+    To measure a unit means to encode it, so units are measured only when an upper bound of their sizes
+    reaches `room`: a fast consumer never pays for it.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self._unmeasured: list[str] = []
+        self._max_unmeasured = 0  # upper bound of their bytes
+        self._measured: deque[tuple[str, int]] = deque()  # the older units, each with its bytes
+        self._measured_bytes = 0
+        self._filled, self._taken = asyncio.Event(), asyncio.Event()
+
+    def __bool__(self) -> bool:
+        return bool(self._measured or self._unmeasured)
+
+    def put(self, unit: str) -> None:
+        self._unmeasured.append(unit)
+        self._max_unmeasured += _max_size(unit)
+        if self._measured_bytes + self._max_unmeasured >= self.room:
+            self._measure()
+        self._filled.set()
+
+    def take(self) -> str:
+        """The oldest units, as many as fit into one chunk."""
+        if not self._measured and self._max_unmeasured <= self.room:
+            chunk = replace_lone_surrogates("".join(self._unmeasured))
+            self._unmeasured.clear()
+            self._max_unmeasured = 0
+            return chunk
+        self._measure()
+        chunk, size = _take(self._measured, self.room)
+        self._measured_bytes -= size
+        self._taken.set()
+        return chunk
+
+    async def wait_for_room(self) -> None:
+        while self._measured_bytes >= self.room:
+            self._taken.clear()
+            await self._taken.wait()
+
+    async def wait_until_filled(self) -> None:
+        """Until a unit has arrived, or the source has ended."""
+        self._filled.clear()
+        await self._filled.wait()
+
+    def end(self) -> None:
+        self._filled.set()
+
+    def _measure(self) -> None:
+        parts = [part for unit in self._unmeasured for part in _split(unit, self.room)]
+        self._measured += parts
+        self._measured_bytes += sum(size for _, size in parts)
+        self._unmeasured.clear()
+        self._max_unmeasured = 0
+
+
+async def _fill(buffer: _Buffer, source: AsyncIterator[str]) -> None:
+    """Read `source` into `buffer` to its end, and close it."""
+    reader = asyncio.current_task()
+    assert reader is not None
+    try:
+        async with _closing(source):
+            async for unit in source:
+                if unit:
+                    buffer.put(unit)
+                    await buffer.wait_for_room()
+    except asyncio.CancelledError:
+        if reader.cancelling():
+            raise
+        raise _source_cancelled() from None
     finally:
-        job.remove_done_callback(stop)
-        stop()
-        await asyncio.wait([reader])
+        buffer.end()
 
 
 async def merge_streams(sources: Sequence[AsyncIterator[T]]) -> AsyncGenerator[list[tuple[int, T]]]:
-    """The items of several streams, each with its stream's index: every list has all since the last list.
+    """The items of several streams, each with its stream's index: a list has all items since the last one.
 
     The first item comes at once, alone or with what came at the same time. An error of a source is raised
     after the items that came before it. The sources are closed when all have ended, when this is closed and
@@ -167,24 +175,17 @@ async def merge_streams(sources: Sequence[AsyncIterator[T]]) -> AsyncGenerator[l
                 items.append((index, item))
                 changed.set()
 
-    readers = [asyncio.create_task(read(index, source)) for index, source in enumerate(sources)]
-
     def ended(reader: asyncio.Task[None]) -> None:
         if not reader.cancelled():
             reader.exception()  # asyncio logs those that nobody has looked at
         changed.set()
 
-    def stop(_: object = None) -> None:
-        for reader in readers:
-            if not reader.cancelling():  # a second cancel would interrupt the closing of the source
-                reader.cancel()
-
+    readers = [asyncio.create_task(read(index, source)) for index, source in enumerate(sources)]
     for reader in readers:
         reader.add_done_callback(ended)
     job = asyncio.current_task()
     assert job is not None
-    job.add_done_callback(stop)
-    try:
+    async with _WhenJobEnds(job, lambda: _cancel(readers)):
         while True:
             changed.clear()
             done = [reader for reader in readers if reader.done()]
@@ -197,14 +198,45 @@ async def merge_streams(sources: Sequence[AsyncIterator[T]]) -> AsyncGenerator[l
             if len(done) == len(readers):
                 return
             await changed.wait()
-    finally:
-        job.remove_done_callback(stop)
-        stop()
-        await asyncio.wait(readers)
+
+
+class _WhenJobEnds:
+    """Call `stop` once, when the block or the task `job` ends; the block ends after the tasks of `stop`.
+
+    The end of the job matters where a generator is suspended in the block and nobody closes it.
+    """
+
+    _running: ClassVar[set[asyncio.Task[None]]] = set()  # the event loop itself holds tasks weakly
+
+    def __init__(self, job: asyncio.Task[object], stop: Callable[[], list[asyncio.Task[None]]]) -> None:
+        self._job, self._stop = job, stop
+        self._stopping: list[asyncio.Task[None]] | None = None
+
+    async def __aenter__(self) -> None:
+        self._job.add_done_callback(self._stop_once)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._job.remove_done_callback(self._stop_once)
+        await asyncio.wait(self._stop_once())
+
+    def _stop_once(self, _: object = None) -> list[asyncio.Task[None]]:
+        if self._stopping is None:
+            self._stopping = self._stop()
+            self._running.update(self._stopping)
+            for task in self._stopping:
+                task.add_done_callback(self._running.discard)
+        return self._stopping
+
+
+def _cancel(readers: list[asyncio.Task[None]]) -> list[asyncio.Task[None]]:
+    for reader in readers:
+        if not reader.cancelling():  # a second cancellation would interrupt the closing of the source
+            reader.cancel()
+    return readers
 
 
 async def sse_events(body: AsyncIterator[bytes]) -> AsyncGenerator[str]:
-    r"""The server-sent events of an HTTP body, however it is cut: at a time those that a read has made whole.
+    r"""The server-sent events of an HTTP body, however it is cut: each time those that a read has completed.
 
     Each ends in one blank line. Every line end becomes `\n`, bytes that are not UTF-8 become U+FFFD. The last
     event may lack its blank line; a body that ends within a line raises JobError.
@@ -215,7 +247,7 @@ async def sse_events(body: AsyncIterator[bytes]) -> AsyncGenerator[str]:
         async for data in body:
             events, blank, rest = (rest + decoder.decode(data)).rpartition("\n\n")
             if events := events.lstrip("\n"):
-                yield _BLANKS.sub("\n\n", events + blank)
+                yield _BLANK_LINES.sub("\n\n", events + blank)
     rest += decoder.decode(b"", final=True)
     if event := rest.strip("\n"):
         if not rest.endswith("\n"):
@@ -224,53 +256,54 @@ async def sse_events(body: AsyncIterator[bytes]) -> AsyncGenerator[str]:
         yield f"{event}\n\n"
 
 
-def _at_most(text: str) -> int:
-    """The most bytes that `text` can take in JSON: the least that is said of it without reading it."""
+def _max_size(text: str) -> int:
+    """The most bytes that `text` can take in JSON, by its length alone."""
     return 6 * len(text)
 
 
-def _chunks(units: Iterable[str], room: int) -> Iterator[str]:
-    """As many units at a time as take at most `room` bytes."""
-    waiting = deque(piece for unit in units for piece in _pieces(unit, room))
-    while waiting:
-        yield _take(waiting, room)[0]
-
-
-def _take(waiting: deque[tuple[str, int]], room: int) -> tuple[str, int]:
-    """The first pieces of `waiting`, as many as there is room for, and their bytes."""
-    size, chunk = 0, list[str]()
-    while waiting and (not chunk or size + waiting[0][1] <= room):
-        text, more = waiting.popleft()
-        chunk.append(text)
-        size += more
-    return "".join(chunk), size
-
-
-def _pieces(unit: str, room: int) -> list[tuple[str, int]]:
-    """The unit, cut if it takes more than `room` bytes, with what each piece takes as JSON."""
-    unit = replace_lone_surrogates(unit)
-    if (size := _size(unit)) <= room:
-        return [(unit, size)]
-    step = max(1, room // 24)  # no character takes more than 6 bytes, and four pieces fill a chunk well
-    pieces = [unit[start : start + step] for start in range(0, len(unit), step)]
-    return [(piece, _size(piece)) for piece in pieces]
-
-
 def _size(text: str) -> int:
+    """The bytes that `text` takes in JSON, without the quotes."""
     return len(_json(text).encode()) - 2
 
 
-def _gave_up() -> RuntimeError:
-    """In place of a source's own CancelledError: passed on, that would end the job without any answer."""
+def _chunks(units: Iterable[str], room: int) -> Iterator[str]:
+    """`units` joined into texts of at most `room` bytes."""
+    parts = deque(part for unit in units for part in _split(unit, room))
+    while parts:
+        yield _take(parts, room)[0]
+
+
+def _take(parts: deque[tuple[str, int]], room: int) -> tuple[str, int]:
+    """Remove from `parts` the first ones, as many as `room` bytes hold; their text and bytes."""
+    size, texts = 0, list[str]()
+    while parts and (not texts or size + parts[0][1] <= room):
+        text, more = parts.popleft()
+        texts.append(text)
+        size += more
+    return "".join(texts), size
+
+
+def _split(unit: str, room: int) -> list[tuple[str, int]]:
+    """The unit, split if it takes more than `room` bytes; each part with its bytes."""
+    unit = replace_lone_surrogates(unit)
+    if (size := _size(unit)) <= room:
+        return [(unit, size)]
+    step = max(1, room // 24)  # a character takes at most 6 bytes, and four parts fill a chunk well
+    parts = [unit[start : start + step] for start in range(0, len(unit), step)]
+    return [(part, _size(part)) for part in parts]
+
+
+def _source_cancelled() -> RuntimeError:
+    """In place of a source's own CancelledError, which would end the job without an answer."""
     return RuntimeError("the source of the stream was cancelled")
 
 
 async def _close(source: object) -> None:
-    with suppress(Exception):  # nobody waits for it any more
+    with suppress(Exception):  # nobody waits for the source any more
         async with _closing(source):
             pass
 
 
 def _closing(source: object) -> AbstractAsyncContextManager[object]:
-    """Closes what can be closed: a generator. Iterators of other kinds hold nothing open."""
+    """Close `source` at the end where it is a generator; other iterators hold nothing open."""
     return aclosing(source) if hasattr(source, "aclose") else nullcontext()

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from shared.errors import StartError
 from shared.logs import redact
 
-# What an engine (vLLM 0.32, TGI 3.3) writes before it gives up, and what mends it. The first that is found
-# counts: engines wrap a cause into many others.
-_LOGGED = (
+# What an engine (vLLM 0.32, TGI 3.3) writes before it exits, the error's code, and what to do. Engines wrap a
+# cause into others, so the patterns are tried in this order.
+_CAUSES = (
     (
         r"CUDA out of memory|CUDA error: out of memory|HIP out of memory|can't allocate memory"
         r"|[Nn]o available memory for the cache blocks|Free memory on device .* is less than desired"
@@ -21,7 +21,7 @@ _LOGGED = (
     (
         r"Insufficient space in /dev/shm",
         "no_shared_memory",
-        "Give the container more shared memory (docker run --shm-size 2g), or the model one GPU alone.",
+        "Give the container more shared memory (docker run --shm-size 2g), or run the model on one GPU.",
     ),
     (
         r"No space left on device|Disk quota exceeded",
@@ -40,7 +40,7 @@ _LOGGED = (
         "Check the model's id; a private one needs HF_TOKEN.",
     ),
     (
-        r"`trust_remote_code=True`",  # without the marks it is among the settings that vLLM always names
+        r"`trust_remote_code=True`",  # without the backquotes it is among the settings that vLLM always logs
         "needs_remote_code",
         "Set TRUST_REMOTE_CODE=true if you trust the code in the model's repository.",
     ),
@@ -63,11 +63,11 @@ _LOG_PREFIX = re.compile(r"^(\(.*?\) )?((ERROR|WARNING|INFO)\b[\s\d:.-]*(\[.*?\]
 
 
 def classify_log(lines: Iterable[str]) -> StartError | None:
-    """The permanent cause that an engine's last lines tell, or None when a new try may go well."""
-    # pydantic ends its own lines with the whole input
-    told = [_LOG_PREFIX.sub("", line).partition(" [type=")[0].strip() for line in lines]
-    for pattern, code, advice in _LOGGED:
-        for line in reversed(told):
-            if re.search(pattern, line):
-                return StartError(f"{redact(line)[:400].rstrip('.')}. {advice}", code=code)
+    """The permanent cause in an engine's last log lines; None when a new attempt may succeed."""
+    # pydantic appends the whole input to its own lines
+    texts = [_LOG_PREFIX.sub("", line).partition(" [type=")[0].strip() for line in lines]
+    for pattern, code, advice in _CAUSES:
+        for text in reversed(texts):
+            if re.search(pattern, text):
+                return StartError(f"{redact(text)[:400].rstrip('.')}. {advice}", code=code)
     return None

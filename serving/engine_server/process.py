@@ -1,20 +1,22 @@
-"""An inference server (vLLM, TGI) as a child process on loopback, and the client that speaks to it.
+"""An inference server (vLLM, TGI) as a child process on loopback, with its client.
 
-    server = EngineServer("vllm", lambda port: ["vllm", "serve", path, "--port", str(port)])
-    server.start()  # until its health answers; StartError says why it cannot
+    server = EngineServer("vllm", lambda port: ["vllm", "serve", path, "--port", str(port)],
+                          in_flight=lambda: handler.in_flight)
+    server.start()  # returns when its health route answers; StartError has the cause if it cannot
     answer = await server.request("POST", "/v1/completions", body)
     async for events in relay(server.stream("/v1/completions", body)):
         yield events
 
-A child process, because an engine's Python interfaces change with every release and its pins do not go with
-the SDK's; its command line and its HTTP routes are what stays. One hop costs half a millisecond a request.
+A child process, because an engine's Python interfaces change with every release and its pinned packages
+conflict with the SDK's; its command line and its HTTP routes are stable. The hop costs half a millisecond a
+request.
 
-Any end of the child is a crash, whatever its exit status. Jobs in flight get an error with the code
+Every exit of the child is a crash, whatever its status. Jobs in flight get an error with the code
 `engine_died`, upon which the worker asks to be replaced, and the worker exits with status 1 as soon as their
-results are posted: an idle one at once. So does an engine end whose health is silent for `hang_timeout`.
+results are posted: an idle one at once. An engine whose health route is silent for `hang_timeout` is killed.
 
 The child leads a session of its own, so that a SIGTERM to the worker's group does not end it before the SDK
-has drained. It is ended with the worker's process: at exit, and by the reaper where there was none.
+has drained. The child ends with the worker's process: at exit, or by the reaper if the worker was killed.
 """
 
 from __future__ import annotations
@@ -39,9 +41,9 @@ from serving.engine_server.log_causes import classify_log
 from shared.errors import ENGINE_DIED, JobError, StartError
 from shared.logs import log, redact
 
-START_TRIES = 3  # a free port may be taken before the child binds it
+START_TRIES = 3  # another process may take the port before the child binds it
 LAST_LINES = 200
-LINE_LENGTH = 4000  # RunPod's log cuts there
+LINE_LENGTH = 4000  # RunPod's log truncates longer lines
 POST_S = 15.0  # what the SDK may take to post the errors of the jobs in flight
 _PORT_TAKEN = re.compile(r"address already in use|errno: ?98|errno 98|EADDRINUSE", re.IGNORECASE)
 _LEVEL = re.compile(r"\b(WARNING|WARN|ERROR|CRITICAL)\b")
@@ -49,20 +51,20 @@ _NOT_FOR_ENGINE = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RUNPOD_AI_API_KEY
 
 
 class EngineFailed(RuntimeError):
-    """The engine did not start, for a cause that a new try may mend."""
+    """The engine did not start, for a cause that may be temporary."""
 
 
 class EngineServer(EngineClient):
     """The child process and its client.
 
-    name: for the log. command: the argv for a port that was found free. port: one to prefer; another is taken
-    where it is in use. env: on top of this process's own environment, None removes a variable. health: the
-    route that answers 200 when the engine can work.
+    name: for the log. command: the argv for a port. port: the preferred port; another one where it is in use.
+    env: on top of this process's environment; None removes a variable. health: the route that answers 200
+    when the engine can work.
 
-    start_timeout: seconds until the engine must answer. hang_timeout: seconds of silent health after which
-    an engine that had started counts as dead. grace: seconds from SIGTERM to SIGKILL.
-    on_death: called when the engine has died by itself and no job is in flight; exits the process.
-    in_flight: how many jobs the worker has in flight.
+    start_timeout: seconds until the engine must answer. hang_timeout: seconds of silent health after which a
+    started engine counts as dead. grace: seconds from SIGTERM to SIGKILL.
+    in_flight: how many jobs the worker has in flight. on_death: called when the engine has died and no job is
+    in flight any more; default: exit the process with status 1.
     """
 
     def __init__(
@@ -76,21 +78,21 @@ class EngineServer(EngineClient):
         start_timeout: float = 1800,
         hang_timeout: float = 60,
         grace: float = 10,
-        on_death: Callable[[], None] | None = None,
         in_flight: Callable[[], int] = lambda: 0,
+        on_death: Callable[[], None] | None = None,
     ) -> None:
-        super().__init__("http://127.0.0.1:0")
+        super().__init__("")  # `_launch` sets the URL
         self.name = name
         self.command = command
         self.env = dict(env or {})
         self.health = health
         self.start_timeout, self.hang_timeout, self.grace = start_timeout, hang_timeout, grace
-        self._wish = port
-        self._on_death, self._in_flight = on_death or _exit, in_flight
+        self._preferred_port = port
+        self._in_flight, self._on_death = in_flight, on_death or _exit
         self._process: subprocess.Popen[bytes] | None = None
-        self._guard: subprocess.Popen[bytes] | None = None
+        self._reaper: subprocess.Popen[bytes] | None = None
         self._lines: deque[str] = deque(maxlen=LAST_LINES)
-        self._ended = threading.Event()  # the child has exited
+        self._exited = threading.Event()  # the child has exited
         self._stopping = False
         self._death: str | None = None
 
@@ -101,35 +103,38 @@ class EngineServer(EngineClient):
 
     @property
     def last_lines(self) -> list[str]:
-        """What the child wrote last, without secrets."""
+        """The last lines that the child has written, without secrets."""
         return list(self._lines)
+
+    @property
+    def death(self) -> str | None:
+        """Why the engine has died; None while it has not."""
+        return self._death
 
     # ---- start ----
 
     def start(self) -> None:
-        """Start the child and wait until its health answers. To be called from the main thread.
+        """Start the child and wait until its health route answers. To be called from the main thread.
 
-        Raises StartError when there is no such program or its last lines tell a cause that a new try cannot
-        mend, else EngineFailed.
+        Raises StartError where there is no such program or the last lines of its log have a permanent cause,
+        else EngineFailed.
         """
-        for left in reversed(range(START_TRIES)):
+        for tries_left in reversed(range(START_TRIES)):
             self._launch()
             try:
                 self._wait_ready()
             except BaseException:
                 self.stop()
-                if left and any(_PORT_TAKEN.search(line) for line in self._lines):
+                if tries_left and any(_PORT_TAKEN.search(line) for line in self._lines):
                     log.warning("%s: port taken, trying another one", self.name)
-                    self._wish = None
+                    self._preferred_port = None
                     continue
                 raise
             threading.Thread(target=self._watch, name=f"{self.name}-watch", daemon=True).start()
             return
 
     def _launch(self) -> None:
-        port = _free_port(self._wish)
-        if self._wish and port != self._wish:
-            log.warning("%s: port %d is in use, taking %d", self.name, self._wish, port)
+        port = self._choose_port()
         self.url = f"http://127.0.0.1:{port}"
         env = {key: value for key, value in os.environ.items() if key not in _NOT_FOR_ENGINE}
         for key, value in self.env.items():
@@ -139,7 +144,7 @@ class EngineServer(EngineClient):
         argv = list(self.command(port))
         log.info("%s: %s", self.name, shlex.join(argv))
         self._lines.clear()
-        self._ended, self._stopping, self._death = threading.Event(), False, None
+        self._exited, self._stopping, self._death = threading.Event(), False, None
         try:
             process = self._process = subprocess.Popen(
                 argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -150,25 +155,39 @@ class EngineServer(EngineClient):
             raise StartError(message, code="no_engine") from error
         log.info("%s: process %d at %s", self.name, process.pid, self.url)
         numbers = [str(number) for number in (os.getpid(), process.pid, self.grace)]
-        guard = [sys.executable, "-I", "-S", reaper.__file__, *numbers]
-        self._guard = subprocess.Popen(guard, stdin=subprocess.DEVNULL, start_new_session=True)
+        self._reaper = subprocess.Popen(
+            [sys.executable, "-I", "-S", reaper.__file__, *numbers],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         atexit.register(self.stop)
-        self._reader = threading.Thread(target=self._read, args=(process,), daemon=True)
-        self._reader.start()
-        threading.Thread(target=_wait, args=(process, self._ended), daemon=True).start()
+        self._output_reader = threading.Thread(target=self._read_output, args=(process,), daemon=True)
+        self._output_reader.start()
+        threading.Thread(target=_wait, args=(process, self._exited), daemon=True).start()
+
+    def _choose_port(self) -> int:
+        """The preferred port if no other process listens on it, else a free one."""
+        if self._preferred_port is not None:
+            if _is_free(self._preferred_port):
+                return self._preferred_port
+            log.warning("%s: port %d is in use, taking another one", self.name, self._preferred_port)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+            return port
 
     def _wait_ready(self) -> None:
-        begun = said = time.monotonic()
-        while not self._ended.wait(0.1):
-            if self.get(self.health)[0] == 200 and not self._ended.is_set():
+        started = last_logged = time.monotonic()
+        while not self._exited.wait(0.1):
+            if self.get(self.health)[0] == 200 and not self._exited.is_set():
                 return
             now = time.monotonic()
-            if now - begun > self.start_timeout:
+            if now - started > self.start_timeout:
                 raise EngineFailed(f"{self.name} did not answer within {self.start_timeout:g} s.")
-            if now - said > 30:
-                said = now
-                log.info("%s: starting for %.0f s", self.name, now - begun)
-        self._reader.join(timeout=5)
+            if now - last_logged > 30:
+                last_logged = now
+                log.info("%s: starting for %.0f s", self.name, now - started)
+        self._output_reader.join(timeout=5)
         if cause := classify_log(self._lines):
             raise cause
         status = self._process.returncode if self._process else None
@@ -177,18 +196,18 @@ class EngineServer(EngineClient):
     # ---- watch ----
 
     def _watch(self) -> None:
-        """Until the engine ends: that alone is the end of this worker, unless `stop` has asked for it."""
-        ended, heard = self._ended, time.monotonic()
+        """Wait until the engine dies, then for its jobs, and end the worker. Returns if `stop` ended it."""
+        exited, last_healthy = self._exited, time.monotonic()
         interval = min(5.0, self.hang_timeout / 4)
-        while not ended.wait(interval):
+        while not exited.wait(interval):
             if self.get(self.health, timeout=interval)[0] == 200:
-                heard = time.monotonic()
-            elif time.monotonic() - heard > self.hang_timeout:
-                self._dies(f"its health was silent for {self.hang_timeout:g} s")
+                last_healthy = time.monotonic()
+            elif time.monotonic() - last_healthy > self.hang_timeout:
+                self._declare_dead(f"its health was silent for {self.hang_timeout:g} s")
                 break
         else:
             assert self._process is not None
-            self._dies(f"it ended with status {self._process.returncode}")
+            self._declare_dead(f"it ended with status {self._process.returncode}")
         if self._stopping:
             return
         deadline = time.monotonic() + POST_S
@@ -196,31 +215,34 @@ class EngineServer(EngineClient):
             time.sleep(0.05)
         self._on_death()
 
-    def _dies(self, reason: str) -> None:
+    def _declare_dead(self, reason: str) -> None:
+        """Record the death, and kill what is left of the engine: jobs wait for its connections."""
         if self._stopping:
             return
         self._death = reason
         log.error("%s died: %s. The worker ends, and RunPod replaces it.", self.name, reason)
         assert self._process is not None
-        reaper.end(self._process.pid, 0)  # what still hangs on: jobs wait for its connections
+        reaper.end(self._process.pid, 0)
 
-    async def _check(self) -> None:
-        """A failure of the engine itself (5xx, an error in a stream): is it one job's, or is the engine dead?
+    async def _raise_if_dead(self) -> None:
+        """Raise JobError(code=ENGINE_DIED) if the engine is dead, and not one job alone has failed.
 
-        A vLLM whose core has died says so by its health at once and exits a second later.
+        A vLLM whose core has died answers its health route with an error at once, and exits a second later.
         """
-        if self._ended.is_set() or (await asyncio.to_thread(self.get, self.health))[0] != 200:
+        if self._exited.is_set() or not await self._is_healthy():
             raise self._died()
 
-    async def _lost(self, error: Exception) -> JobError:
-        # The connection may break before the exit is known.
-        for _ in range(20):
-            if self._ended.is_set() or self._death:
+    async def _connection_lost(self, error: Exception) -> JobError:
+        for _ in range(20):  # the connection may break before the exit is known
+            if self._exited.is_set() or self._death:
                 return self._died()
             await asyncio.sleep(0.05)
-        if (await asyncio.to_thread(self.get, self.health))[0] != 200:
+        if not await self._is_healthy():
             return self._died()
-        return await super()._lost(error)
+        return await super()._connection_lost(error)
+
+    async def _is_healthy(self) -> bool:
+        return (await asyncio.to_thread(self.get, self.health))[0] == 200
 
     def _died(self) -> JobError:
         return JobError(
@@ -233,20 +255,20 @@ class EngineServer(EngineClient):
     # ---- stop ----
 
     def stop(self) -> None:
-        """End the child and all that it started: SIGTERM, and SIGKILL after `grace` seconds. Runs at exit."""
+        """End the child and all processes that it started: SIGTERM, and SIGKILL after `grace` seconds."""
         self._stopping = True
         atexit.unregister(self.stop)
         if self._process is not None:
             reaper.end(self._process.pid, self.grace)
-            self._ended.wait(5)
-        if self._guard is not None:
-            self._guard.kill()
-            self._guard.wait()
-            self._guard = None
+            self._exited.wait(5)
+        if self._reaper is not None:
+            self._reaper.kill()
+            self._reaper.wait()
+            self._reaper = None
 
-    # ---- its output ----
+    # ---- the child's output ----
 
-    def _read(self, process: subprocess.Popen[bytes]) -> None:
+    def _read_output(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
         with process.stdout as output:
             rest = b""
@@ -255,20 +277,20 @@ class EngineServer(EngineClient):
                 if len(rest) > LINE_LENGTH:
                     lines, rest = [*lines, rest], b""
                 for line in filter(None, lines):
-                    self._say(line)
+                    self._log_line(line)
             if rest:
-                self._say(rest)
+                self._log_line(rest)
 
-    def _say(self, line: bytes) -> None:
+    def _log_line(self, line: bytes) -> None:
         text = redact(line[:LINE_LENGTH].decode(errors="replace"))
         self._lines.append(text)
         level = _LEVEL.search(text[:80])
         (log.warning if level else log.info)("%s: %s", self.name, text)
 
 
-def _wait(process: subprocess.Popen[bytes], ended: threading.Event) -> None:
+def _wait(process: subprocess.Popen[bytes], exited: threading.Event) -> None:
     process.wait()
-    ended.set()
+    exited.set()
 
 
 def _exit() -> None:
@@ -279,15 +301,12 @@ def _exit() -> None:
     os._exit(1)
 
 
-def _free_port(wish: int | None) -> int:
-    """`wish` where nobody listens on it, else a port that is free now."""
-    for port in filter(None, [wish]):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
             probe.bind(("127.0.0.1", port))
             probe.listen()
-            return port
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        found: int = probe.getsockname()[1]
-        return found
+        except OSError:
+            return False
+    return True

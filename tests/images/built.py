@@ -6,7 +6,7 @@ those of `make run-<worker>`, mounted or baked in, on the CPU.
 
 vllm's own base has an engine for CUDA, which starts on no CPU. Here its Dockerfile builds on a stand-in: the
 Python base with the same version of the real vLLM for CPUs, and what else the Dockerfile relies on. TGI's has
-tools/tgi_stand_in.py in the place of the launcher.
+tools/stand_ins/tgi.py in the place of the launcher.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ RUN python3 -m venv /usr/src/.venv \\
     && /usr/src/.venv/bin/pip install --no-cache-dir --quiet uv aiohttp jinja2 tokenizers \\
     && mv /usr/src/.venv/bin/uv /bin/ \\
     && /usr/src/.venv/bin/pip uninstall --quiet --yes pip
-COPY tgi_stand_in.py /usr/src/
-RUN printf '#!/bin/sh\\nexec /usr/src/.venv/bin/python /usr/src/tgi_stand_in.py "$@"\\n' \\
+COPY tgi.py /usr/src/
+RUN printf '#!/bin/sh\\nexec /usr/src/.venv/bin/python /usr/src/tgi.py "$@"\\n' \\
         > /usr/local/bin/text-generation-launcher \\
     && chmod +x /usr/local/bin/text-generation-launcher
 ENV PATH="$PATH:/usr/src/.venv/bin/" HF_HOME=/data PORT=80 UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1
@@ -152,7 +152,7 @@ def tgi_base(python: str, name: str) -> None:
         *NETWORK,
         f"--tag={name}",
         "--file=-",
-        str(ROOT / "tools"),
+        str(ROOT / "tools" / "stand_ins"),
     ]
     subprocess.run(command, input=f"FROM {python}{TGI}", text=True, check=True)
 

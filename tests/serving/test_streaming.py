@@ -1,4 +1,4 @@
-"""Streams, with a consumer that is slow in the way the SDK is. The SDK itself is in tests/workers."""
+"""Streams, with a consumer that is slow in the way the SDK is. The SDK itself is in test_streaming_sdk.py."""
 
 import asyncio
 import contextlib
@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serving.streaming import STREAM_LIMIT, coalesce, relay, sse_events
 from shared.errors import JobError
-from shared.streaming import STREAM_LIMIT, coalesce, error_event, relay, sse_events
+from tests.helpers import until
 
 FAMILY = "👨‍👩‍👧‍👦"
 
@@ -57,13 +58,6 @@ async def iterate(stream, pause=0.0, chunks=None):
         chunks.append(chunk)
         await asyncio.sleep(pause)
     return chunks
-
-
-async def until(condition):
-    """Wait for `condition`; fails after 20 s, which leave room for a busy machine."""
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
 
 
 async def collected(source, pause=0.0, through=coalesce, **options):
@@ -258,9 +252,9 @@ async def test_the_end_of_the_job_closes_a_source_that_is_held_back():
 @both
 async def test_closing_the_stream_does_not_break_into_the_closing_of_the_source(through):
     engine = Engine(["x"] * 1000, [0.001] * 1000)
-    stream = through(engine())
-    job = asyncio.create_task(iterate(stream, 60))
-    await until(lambda: engine.given)
+    stream, chunks = through(engine()), []
+    job = asyncio.create_task(iterate(stream, 60, chunks))
+    await until(lambda: chunks)
     job.cancel()
     await engine.closing.wait()
     await stream.aclose()
@@ -423,7 +417,7 @@ def test_the_official_client_takes_the_error_event_for_an_error():
     problem = JobError("The prompt is too long.\nSend less: \ud800 漢", param="messages", code="too_long")
     answer = httpx.Response(
         200,
-        text=f"data: {token}\n\n" + error_event(problem),
+        text=f"data: {token}\n\n" + problem.event(),
         headers={"content-type": "text/event-stream"},
     )
     transport = httpx.MockTransport(lambda request: answer)

@@ -1,4 +1,4 @@
-"""`shared.streaming` under the unmodified SDK: a worker process, and a platform that takes 100 ms for a post.
+"""serving.streaming under the unmodified SDK: a worker process, and a platform that takes 100 ms for a post.
 
 Run as a program, this file is that worker. Both processes read the same monotonic clock, so that times taken
 in one can be compared with times taken in the other.
@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from shared.streaming import STREAM_LIMIT, coalesce
+from serving.streaming import STREAM_LIMIT, coalesce
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 

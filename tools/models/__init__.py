@@ -14,7 +14,6 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from tools import tgi_stand_in
 from tools.models import (
     tiny_causal,
     tiny_florence2,
@@ -24,6 +23,7 @@ from tools.models import (
     tiny_xtts,
     vllm_cpu,
 )
+from tools.stand_ins import tgi as tgi_stand_in
 from tools.workers import ROOT
 
 # model.safetensors of sentence-transformers/all-MiniLM-L6-v2, as its own repository publishes it. The PyPI
@@ -114,8 +114,8 @@ LOCAL: dict[str, Callable[[], dict[str, str]]] = {
 }
 
 NOTES = {
-    "tgi": "TGI itself runs in its image, on a GPU. Here a stand-in takes its place (tools/tgi_stand_in.py): "
-    "it speaks TGI's API, and its answers are random words.",
+    "tgi": "TGI runs in its image, on a GPU. Here a stand-in takes its place (tools/stand_ins/tgi.py), "
+    "which has TGI's API and answers with random words.",
 }
 """What `make run-<worker>` prints of a worker that does not run here as it is."""
 
@@ -126,7 +126,7 @@ def engine_env(worker: str) -> dict[str, str]:
     """
     if worker == "vllm":
         return vllm_cpu.engine_env()
-    if worker == "tgi" and not os.environ.get("TGI_URL") and not shutil.which("text-generation-launcher"):
+    if worker == "tgi" and not shutil.which("text-generation-launcher"):
         path = os.environ.get("PATH", os.defpath)
         return {"PATH": os.pathsep.join([str(made("tgi-launcher", tgi_launcher)), path])}
     return {}

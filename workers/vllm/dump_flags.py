@@ -1,10 +1,10 @@
-"""What the installed vLLM takes, as JSON: `python dump_flags.py` prints it, with FILE it compares.
+"""What the installed vLLM takes, as JSON: `python dump_flags.py` prints the table, with FILE it compares.
 
 Run by vLLM's own Python: while the image is built, by the tests and by `make lock`. engine.json is its output
-for the version that the Dockerfile names; the handler reads it and so needs no line of code for a new flag.
+for the version that the Dockerfile names; the worker reads that file and needs no code for a new flag.
 
 flags: each flag of `vllm serve` without its dashes, and what follows it:
-    pair (nothing; has a --no- form), switch (nothing), int, float, text, list (several words), repeat
+    pair (nothing; has a --no- form), switch (nothing), int, float, text, list (several arguments), repeat
 environment: the variables that vLLM reads itself.
 fields: what the bodies of its chat and completion routes take.
 """
@@ -57,19 +57,19 @@ def dump() -> dict[str, Any]:
     }
 
 
-def differences(kept: Any, found: Any, path: str = "") -> list[str]:
+def differences(kept: Any, installed: Any, path: str = "") -> list[str]:
     """What differs, a line each: `flags.some-flag: missing`."""
     if isinstance(kept, list):
-        kept, found = dict.fromkeys(kept, "there"), dict.fromkeys(found, "there")
+        kept, installed = dict.fromkeys(kept, "there"), dict.fromkeys(installed, "there")
     if not isinstance(kept, dict):
-        return [] if kept == found else [f"{path}: kept {kept}, is {found}"]
+        return [] if kept == installed else [f"{path}: kept {kept}, is {installed}"]
     lines = []
-    for key in sorted(kept.keys() | found.keys()):
+    for key in sorted(kept.keys() | installed.keys()):
         where = f"{path}.{key}" if path else key
-        if key in kept and key in found:
-            lines += differences(kept[key], found[key], where)
+        if key in kept and key in installed:
+            lines += differences(kept[key], installed[key], where)
         else:
-            lines.append(f"{where}: {'new' if key in found else 'gone'}")
+            lines.append(f"{where}: {'new' if key in installed else 'gone'}")
     return lines
 
 

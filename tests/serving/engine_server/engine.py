@@ -1,4 +1,4 @@
-"""A small inference server for the tests of shared.engine_server: real sockets, real processes, no model.
+"""A small inference server for the tests of serving.engine_server: real sockets, real processes, no model.
 
 python engine.py PORT [FLAG ...]
 
@@ -139,7 +139,7 @@ if __name__ == "__main__":
         print(flags[flags.index("--says") + 1], file=sys.stderr, flush=True)
         sys.exit(3)
     print(f"starting with token {os.environ.get('HF_TOKEN')}", flush=True)
-    app = web.Application()
+    app = web.Application(client_max_size=2**26)
     handlers: dict[str, Any] = {
         "echo": echo, "wait": wait, "stream": stream, "refuse": refuse, "drop": drop,
         "die": die, "hang": hang, "sick": sick,

@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ import pytest
 import requests
 
 from local import Platform, Rules, running
-from shared import reaper
+from serving.engine_server import reaper
+from tests.helpers import wait_until
 from tools.models import local_env, vllm_cpu
 from tools.workers import ROOT
 
@@ -41,13 +42,6 @@ ADD: Any = {
         "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
     },
 }
-
-
-def until(condition: Callable[[], Any], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.02)
 
 
 def adapter(folder: Path) -> Path:
@@ -118,7 +112,7 @@ class Engine:
         return self.metric(r"generation_tokens_total\{.*?\}")
 
     def settle(self) -> None:
-        """Wait until the server in front of a stopped core has read all that the core had told it."""
+        """Wait until the server in front of a stopped core has read all that the core had sent."""
         seen, since = self.made(), time.monotonic()
         while time.monotonic() - since < 1:
             time.sleep(0.05)
@@ -136,13 +130,13 @@ def held(platform: Platform, engine: Engine, answers: int, *orders: dict[str, An
             assert found <= {"IN_QUEUE", "IN_PROGRESS", "COMPLETED"}
             return found
 
-        until(lambda: engine.running() >= answers or states() == {"COMPLETED"})
+        wait_until(lambda: engine.running() >= answers or states() == {"COMPLETED"})
         os.kill(engine.core, signal.SIGSTOP)
         engine.settle()
         if engine.running() >= answers and states() == {"IN_PROGRESS"}:
             return jobs
         os.kill(engine.core, signal.SIGCONT)  # this machine was elsewhere meanwhile: once more
-        until(lambda: states() == {"COMPLETED"})
+        wait_until(lambda: states() == {"COMPLETED"})
     pytest.fail("the jobs are over each time before they are looked at")
 
 
@@ -186,7 +180,7 @@ def test_a_conversation(platform: Platform) -> None:
     assert output["usage"]["completion_tokens"] == 5
 
 
-def test_a_text_to_go_on_from(platform: Platform) -> None:
+def test_a_prompt(platform: Platform) -> None:
     answer = runsync(platform, prompt="The river", max_tokens=4, n=2, seed=3, logprobs=1)
     [output] = answer["output"]
     assert output["object"] == "text_completion"
@@ -195,12 +189,12 @@ def test_a_text_to_go_on_from(platform: Platform) -> None:
     assert len(output["choices"][0]["logprobs"]["tokens"]) == 4
 
 
-def test_512_tokens_where_nothing_is_said(platform: Platform) -> None:
+def test_the_default_length(platform: Platform) -> None:
     [output] = runsync(platform, prompt="The river", ignore_eos=True)["output"]
     assert output["usage"]["completion_tokens"] == 512
 
 
-def test_a_stream_of_whole_events(platform: Platform) -> None:
+def test_a_stream_has_complete_events(platform: Platform) -> None:
     answer = runsync(platform, messages=TALK, max_tokens=6, temperature=0.0, stream=True)
     assert answer["status"] == "COMPLETED", answer
     for part in answer["output"]:
@@ -277,18 +271,18 @@ def test_streams(client: openai.OpenAI) -> None:
     chunks = list(client.chat.completions.create(messages=TALK, stream=True, **options))
     assert chunks[-1].usage is not None
     assert len({chunk.id for chunk in chunks}) == 1
-    pieces = list(client.completions.create(prompt="The river", stream=True, **options))
-    assert pieces[-1].usage is not None
+    chunks = list(client.completions.create(prompt="The river", stream=True, **options))
+    assert chunks[-1].usage is not None
 
 
-def test_characters_stay_whole(client: openai.OpenAI) -> None:
+def test_characters_are_not_split(client: openai.OpenAI) -> None:
     """Random tokens are parts of characters of two to four bytes; the text must be what it is unstreamed."""
     options: Any = {"model": NAME, "max_tokens": 200, "temperature": 1.5, "seed": 11}
     options["extra_body"] = {"ignore_eos": True}
-    whole = client.completions.create(prompt="\u4f60\u597d \U0001f33f caf\u00e9", **options).choices[0].text
+    text = client.completions.create(prompt="\u4f60\u597d \U0001f33f caf\u00e9", **options).choices[0].text
     stream = client.completions.create(prompt="\u4f60\u597d \U0001f33f caf\u00e9", stream=True, **options)
-    assert "".join(choice.text for chunk in stream for choice in chunk.choices) == whole
-    assert any(ord(character) > 0xFF for character in whole)
+    assert "".join(choice.text for chunk in stream for choice in chunk.choices) == text
+    assert any(ord(character) > 0xFF for character in text)
 
 
 def test_an_answer_in_a_schema(client: openai.OpenAI) -> None:
@@ -368,7 +362,7 @@ def test_other_routes(platform: Platform) -> None:
 def test_a_stream_of_each_kind_has_its_end(
     platform: Platform, route: str, body: dict[str, Any], last: str
 ) -> None:
-    """Whose want is a lost connection: here none is."""
+    """A stream without its end is a lost connection."""
     answer = runsync(platform, openai_route=route, openai_input={"model": NAME, "stream": True, **body})
     assert answer["status"] == "COMPLETED", answer
     assert "".join(answer["output"]).split("\n\n")[-2].startswith(last)
@@ -397,7 +391,7 @@ def test_errors_in_openais_shape(client: openai.OpenAI, platform: Platform) -> N
 
 
 async def test_sixteen_streams(platform: Platform) -> None:
-    """Each gets its own answer, whole: it begins with its own prompt."""
+    """Each gets its own complete answer, which begins with its own prompt."""
     prompts = [f"River number {number} is" for number in range(16)]
     options: Any = {"model": NAME, "max_tokens": 48, "echo": True, "extra_body": {"ignore_eos": True}}
     options["stream_options"] = {"include_usage": True}
@@ -420,18 +414,18 @@ async def test_sixteen_streams(platform: Platform) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_cancelled_job_frees_its_slot(platform: Platform, engine: Engine, stream: bool) -> None:
-    until(lambda: engine.running() == 0)
+    wait_until(lambda: engine.running() == 0)
     before = engine.made()
     order = {"prompt": "The river", "max_tokens": 1000, "ignore_eos": True, "n": 32, "stream": stream}
     (job,) = held(platform, engine, 32, order)
     call(platform, "POST", f"cancel/{job}")
     os.kill(engine.core, signal.SIGCONT)
-    until(lambda: engine.running() == 0)
+    wait_until(lambda: engine.running() == 0)
     assert (engine.made() - before) % 32_000 > 0  # it did not go on to the end
     assert call(platform, "GET", f"status/{job}")["status"] == "CANCELLED"
 
 
-def test_the_log_tells_what_a_start_took(platform: Platform) -> None:
+def test_the_log_has_the_phases_of_a_start(platform: Platform) -> None:
     process = platform.workers[0]
     assert {"resolve", "load", "prewarm", "ready"} <= process.phases.keys()
     log = "\n".join(process.lines)
@@ -449,10 +443,14 @@ def test_a_killed_core_ends_the_jobs_and_the_worker(platform: Platform, engine: 
     began = time.monotonic()
     os.kill(engine.core, signal.SIGKILL)
     for job in jobs:
-        until(lambda job=job: call(platform, "GET", f"status/{job}")["status"] in ("FAILED", "COMPLETED"))  # type: ignore[misc]
+
+        def has_ended(job: str = job) -> bool:
+            return call(platform, "GET", f"status/{job}")["status"] in ("FAILED", "COMPLETED")
+
+        wait_until(has_ended)
         answer = call(platform, "GET", f"status/{job}")
         assert answer["status"] == "FAILED", answer
         assert json.loads(answer["error"])["code"] == "engine_died"
     assert time.monotonic() - began < 60
-    until(lambda: process.returncode is not None)
-    until(lambda: reaper.members(engine.pid) == [])
+    wait_until(lambda: process.returncode is not None)
+    wait_until(lambda: reaper.members(engine.pid) == [])

@@ -1,7 +1,7 @@
 """As much of `vllm serve` as the failures of workers/vllm need, in a second instead of a minute.
 
 Prompts are orders: `wait SECONDS`, `die`, `hang`, `stop` (a stream, without its end); anything else is
-answered, and each is printed. Environment:
+answered with itself, and each is printed. Environment:
 FAKE_SAYS is written before an exit with status 1, FAKE_SAYS_ONCE (FILE:TEXT) only where FILE is missing.
 Its processes are the server and one that would hold a GPU.
 """
@@ -27,7 +27,7 @@ options, rest = parser.parse_known_args()
 
 
 async def obey(prompt: str) -> None:
-    print(f"told to {prompt}", flush=True)
+    print(f"received {prompt[:80]}", flush=True)
     order, _, value = prompt.partition(" ")
     if order == "wait":
         await asyncio.sleep(float(value))
@@ -40,7 +40,12 @@ async def obey(prompt: str) -> None:
 async def completions(request: web.Request) -> web.StreamResponse:
     body = await request.json()
     name = f"cmpl-{request.headers['X-Request-Id']}"
-    answer = {"id": name, "object": "text_completion", "choices": [{"index": 0, "text": "ok"}], "argv": rest}
+    answer = {
+        "id": name,
+        "object": "text_completion",
+        "choices": [{"index": 0, "text": body["prompt"]}],
+        "argv": rest,
+    }
     if not body.get("stream"):
         await obey(body["prompt"])
         return web.json_response(answer)
@@ -69,7 +74,7 @@ if __name__ == "__main__":
     if says:
         sys.exit(says)
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
-    app = web.Application()
+    app = web.Application(client_max_size=2**26)
     app.router.add_post("/v1/completions", completions)
     app.router.add_get("/health", health)
     app.router.add_get("/metrics", metrics)

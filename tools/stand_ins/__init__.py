@@ -1,0 +1,1 @@
+"""Programs that stand in for engines which do not run on this machine."""
