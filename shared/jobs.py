@@ -15,7 +15,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel
 
@@ -34,11 +34,13 @@ class Job:
     """One job.
 
     data: as the platform sends it: `id`, `input`, and what else the client gave (`webhook`, `s3Config`).
-    max_result_bytes: the largest result that the platform takes.
+    max_result_bytes: the largest result that the platform takes. transport: how the answer is sent; HTTP
+    carries bytes and text too (`shared.results.Media`), a queue endpoint JSON only.
     """
 
     data: dict[str, Any]
     max_result_bytes: int
+    transport: Literal["queue", "http"] = "queue"
 
     @property
     def id(self) -> str:
@@ -105,7 +107,7 @@ class JobHandler:
         job = self.begin(data)
         try:
             request = parse(data.get("input"), self.requests, self.routes)
-            if self.stream_work is not None and getattr(request, "stream", None):
+            if self.streams(request, job):
                 message = "this endpoint has STREAMING=false. Leave stream out."
                 raise invalid("stream", message, "unsupported")
             result = await self.finish(await self.work(request, job), job)
@@ -124,7 +126,7 @@ class JobHandler:
         part = None
         try:
             request = parse(data.get("input"), self.requests, self.routes)
-            if self.stream_work is None or not getattr(request, "stream", None):
+            if not self.streams(request, job) or self.stream_work is None:
                 yield await self.finish(await self.work(request, job), job)
             else:
                 # Closed with this generator, so that a reader who leaves frees what the work holds.
@@ -145,13 +147,18 @@ class JobHandler:
             return
         self._out_of_memory = 0
 
-    def begin(self, data: dict[str, Any]) -> Job:
+    def streams(self, request: BaseModel, job: Job) -> bool:
+        """Whether the request asks for parts: by its `stream`, over HTTP also by `stream_over_http`."""
+        fields = ("stream", "stream_over_http") if job.transport == "http" else ("stream",)
+        return self.stream_work is not None and any(getattr(request, name, None) for name in fields)
+
+    def begin(self, data: dict[str, Any], transport: Literal["queue", "http"] = "queue") -> Job:
         """Count the running task, which serves this job alone, as in flight, and name the job in the log."""
         job_id.set(data["id"])
         if task := asyncio.current_task():
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        return Job(data, self.max_result_bytes)
+        return Job(data, self.max_result_bytes, transport)
 
     async def finish(self, result: Any, job: Job) -> Any:
         """`result` as the SDK may post it: plain JSON within the platform's limit.

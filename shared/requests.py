@@ -59,13 +59,13 @@ def pick_request_model(requests: Sequence[type[BaseModel]], payload: dict[str, A
     return max(requests, key=lambda request: len(request.model_fields.keys() & payload.keys()))
 
 
-def validate(model: type[BaseModel], payload: dict[str, Any]) -> BaseModel:
+def validate(model: type[BaseModel], payload: dict[str, Any], *, strict: bool | None = None) -> BaseModel:
     """`payload` as `model`. Raises JobError about the first problem.
 
     An unknown field takes precedence: a missing one is often the same field, misspelt.
     """
     try:
-        return model.model_validate(payload)
+        return model.model_validate(payload, strict=strict)
     except ValidationError as error:
         problems = error.errors(include_url=False)
         unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic_core import PydanticSerializationError, from_json, to_json, to_jsonable_python
@@ -25,6 +26,14 @@ class Result(dict[str, Any]):
 
     def __repr__(self) -> str:
         return f"<result of {self.size} bytes>"
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """An answer, or a part of one, that HTTP sends as it is. data: bytes of the type `media_type`."""
+
+    data: bytes
+    media_type: str
 
 
 async def to_plain(result: Any) -> tuple[Any, bytes]:
