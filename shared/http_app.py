@@ -6,24 +6,22 @@ The app is built from what a JobHandler knows: requests, routes, and the two for
 from __future__ import annotations
 
 import hmac
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 
 from shared import telemetry
 from shared.admission import Admission
 from shared.errors import JobError
+from shared.http_docs import NATIVE, Documentation
 from shared.http_response import JobResponse, error_response
 from shared.jobs import JobHandler
 from shared.openai import ModelsRequest
-
-NATIVE = "/runsync"
-_REF = "#/components/schemas/{model}"
+from shared.results import to_plain
 
 
 def make_app(
@@ -41,7 +39,8 @@ def make_app(
     """
     app = FastAPI(title=f"worker-{worker}", redoc_url=None)
     metrics = telemetry.Prometheus(in_flight=lambda: admission.in_flight, waiting=lambda: admission.waiting)
-    telemetry.add_sink(metrics)
+    telemetry.add_sink("http", metrics)
+    documentation = Documentation(handler, secured=api_key is not None)
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
 
@@ -49,44 +48,50 @@ def make_app(
         """RunPod's edge has checked its own key, which arrives in the same header: so none is the default."""
         sent = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
         if api_key is not None and not hmac.compare_digest(sent.encode(), api_key.encode()):
-            raise JobError("Send the header Authorization: Bearer <API_KEY>.", code="unauthorized")
+            raise JobError("Send the header Authorization: Bearer <API_KEY>.", code="invalid_api_key")
 
     def add(path: str, model: type[BaseModel] | None) -> None:
         async def endpoint(request: Request) -> Response:
             authorise(request)
             return JobResponse(request, handler, admission, path, model)
 
-        lists_models = model is not None and issubclass(model, ModelsRequest)
-        models = handler.requests if model is None else (model,)
-        body = None if lists_models else _request_body(models, envelope=model is None)
-        app.add_api_route(
-            path,
-            endpoint,
-            methods=["GET" if lists_models else "POST"],
-            operation_id=path.strip("/").replace("/", "_"),
-            openapi_extra=body and {"requestBody": body},
-            response_class=Response,
-        )
+        described = documentation.operation(path, model)
+        app.add_api_route(path, endpoint, methods=["POST"], response_class=Response, openapi_extra=described)
+
+    async def listed_models(request: Request) -> dict[str, Any]:
+        authorise(request)
+        admission.check()  # takes no slot: a worker under load still says what it serves
+        job = handler.begin({"id": "models", "input": None}, transport="http")
+        try:
+            answer: dict[str, Any] = (await to_plain(await handler.work(ModelsRequest(), job)))[0]
+        except Exception as error:
+            raise handler.explain(error)[0] from None
+        return answer
+
+    async def list_models(request: Request) -> Response:
+        return JSONResponse(await listed_models(request))
+
+    async def retrieve_model(name: str, request: Request) -> Response:
+        models = (await listed_models(request))["data"]
+        if found := next((model for model in models if model["id"] == name), None):
+            return JSONResponse(found)
+        names = ", ".join(model["id"] for model in models)
+        message = f"model: {name[:200]!r} is not served here. Use {names}."
+        raise JobError(message, param="model", code="model_not_found")
 
     add(NATIVE, None)
     for path, model in handler.routes.items():
-        add(path, model)
+        if not issubclass(model, ModelsRequest):
+            add(path, model)
+            continue
+        get: dict[str, Any] = {"methods": ["GET"], "response_class": Response}
+        app.add_api_route(path, list_models, openapi_extra=documentation.operation(path, model), **get)
+        of_one = path + "/{name}"
+        described = documentation.operation(of_one, model)
+        app.add_api_route(path + "/{name:path}", retrieve_model, openapi_extra=described, **get)
 
-    if "/v1/models" in handler.routes:
-
-        @app.get("/v1/models/{name:path}")
-        async def retrieve_model(name: str, request: Request) -> Response:
-            authorise(request)
-            admission.check()
-            job = handler.begin({"id": "models", "input": None}, transport="http")
-            listed = (await handler.work(ModelsRequest(), job)).model_dump()["data"]
-            if found := next((model for model in listed if model["id"] == name), None):
-                return JSONResponse(found)
-            names = ", ".join(model["id"] for model in listed)
-            message = f"model: {name[:200]!r} is not served here. Use {names}."
-            raise JobError(message, param="model", code="model_not_found")
-
-    @app.get(health_path, status_code=200, response_class=Response)
+    @app.head(health_path, include_in_schema=False)
+    @app.get(health_path, response_class=Response)
     async def ping() -> Response:
         """200: ready; 204: loading; 503: the engine is dead, or the worker drains.
 
@@ -107,42 +112,46 @@ def make_app(
 
     @app.get("/metrics", response_class=Response)
     async def show_metrics(request: Request) -> Response:
-        """Metrics in Prometheus' text format."""
+        """Metrics in Prometheus' text format, the engine's own after the worker's."""
         authorise(request)
-        return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        engine = await handler.engine_metrics() if handler.engine_metrics else b""
+        return Response(metrics.exposition() + engine, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.exception_handler(JobError)
     async def job_error(_: Request, error: JobError) -> Response:
         return error_response(error)
 
     @app.exception_handler(404)
-    @app.exception_handler(405)
     async def not_found(request: Request, _: Exception) -> Response:
-        asked = f"{request.method} {request.url.path[:200]}"
-        message = f"{asked} is not served here. There are: {', '.join([*handler.routes, NATIVE])}."
-        return error_response(JobError(message, code="unknown_route"))
+        return error_response(_not_served(request, handler, "unknown_route"))
 
-    _add_schemas(app, [*handler.requests, *handler.routes.values()])
+    @app.exception_handler(405)
+    async def wrong_method(request: Request, error: Any) -> Response:
+        response = error_response(_not_served(request, handler, "method_not_allowed"))
+        response.headers.update(error.headers or {})
+        return response
+
+    app.openapi = _with_schemas(app.openapi, documentation)  # type: ignore[method-assign]
     return app
 
 
-def _request_body(models: Sequence[type[BaseModel]], *, envelope: bool) -> dict[str, Any]:
-    refs = [{"$ref": _REF.format(model=model.__name__)} for model in models]
-    schema: dict[str, Any] = refs[0] if len(refs) == 1 else {"anyOf": refs}
-    if envelope:
-        schema = {"type": "object", "properties": {"input": schema}, "required": ["input"]}
-    return {"required": True, "content": {"application/json": {"schema": schema}}}
+def _not_served(request: Request, handler: JobHandler, code: str) -> JobError:
+    asked = f"{request.method} {request.url.path[:200]}"
+    served = ", ".join([*handler.routes, NATIVE])
+    return JobError(f"{asked} is not served here. There are: {served}.", code=code)
 
 
-def _add_schemas(app: FastAPI, models: Sequence[type[BaseModel]]) -> None:
-    """Put the models' schemas, to which the routes refer, into the OpenAPI document."""
-    pairs = [(model, "validation") for model in dict.fromkeys(models)]
-    _, schemas = models_json_schema(pairs, ref_template=_REF)  # type: ignore[arg-type]
-    document = app.openapi
+def _with_schemas(
+    openapi: Callable[[], dict[str, Any]], documentation: Documentation
+) -> Callable[[], dict[str, Any]]:
+    """FastAPI's document with the schemas to which the operations refer."""
 
-    def openapi() -> dict[str, Any]:
-        made = document()
-        made.setdefault("components", {}).setdefault("schemas", {}).update(schemas.get("$defs", {}))
+    def document() -> dict[str, Any]:
+        made = openapi()
+        components = made.setdefault("components", {})
+        components.setdefault("schemas", {}).update(documentation.schemas)
+        if documentation.secured:
+            components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
         return made
 
-    app.openapi = openapi  # type: ignore[method-assign]
+    return document

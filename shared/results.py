@@ -88,12 +88,18 @@ def _own_bucket(job: Mapping[str, Any]) -> dict[str, Any] | None:
     return config if isinstance(config, dict) and all(config.get(key) for key in keys) else None
 
 
-def too_large(size: int, limit: int, advice: str = "") -> JobError:
-    """The error for a result of `size` bytes. advice: a sentence that ends in a space."""
+def too_large(size: int, limit: int, advice: str = "", *, bucket: bool = True) -> JobError:
+    """The error for a result of `size` bytes. advice: a sentence that ends in a space.
+
+    bucket: whether the way that the answer is sent can upload it instead.
+    """
+    upload = (
+        ", or set BUCKET_ENDPOINT_URL, BUCKET_ACCESS_KEY_ID and BUCKET_SECRET_ACCESS_KEY to have large "
+        "results uploaded"
+    )
     return JobError(
         f"The result would be {size / 1e6:.1f} MB, and the platform takes {limit / 1e6:g} MB. {advice}Split "
-        "the job, or set BUCKET_ENDPOINT_URL, BUCKET_ACCESS_KEY_ID and BUCKET_SECRET_ACCESS_KEY to have "
-        "large results uploaded.",
+        f"the job{upload if bucket else ''}.",
         code="result_too_large",
     )
 

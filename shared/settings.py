@@ -65,6 +65,30 @@ class WorkerSettings(EnvironmentSettings):
         return self.served_model_name or self.model_name
 
 
+class HttpSettings(EnvironmentSettings):
+    """The settings of HTTP mode, SERVE_MODE=http."""
+
+    port: int = Field(8000, ge=1, le=65535, description="Port of the HTTP server")
+    port_health: int | None = Field(None, ge=1, le=65535, description="Port of the health check; unset: PORT")
+    health_check_path: str = Field("/ping", pattern=r"^/[\w./-]*$", description="Path of the health check")
+    host: str = Field("0.0.0.0", description="Address to listen on")  # noqa: S104 (a container's own)
+    api_key: SecretStr | None = Field(
+        None,
+        description="Key that clients must send, for Pods and laptops; on RunPod the edge checks its own",
+    )
+    cors_origins: str | None = Field(
+        None, description="Origins of browsers that may call, with commas between, or *; unset: none"
+    )
+    max_waiting: int | None = Field(
+        None, ge=0, le=100_000, description="Requests that wait for a slot; unset: MAX_CONCURRENCY"
+    )
+
+    @property
+    def origins(self) -> list[str]:
+        """CORS_ORIGINS as a list."""
+        return [origin.strip() for origin in (self.cors_origins or "").split(",") if origin.strip()]
+
+
 S = TypeVar("S", bound=EnvironmentSettings)
 
 

@@ -18,16 +18,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared import telemetry
 from shared.device import is_out_of_memory
 from shared.errors import JobError, StartError
 from shared.jobs import JobHandler, start_config
 from shared.logs import log, redact
-from shared.settings import WorkerSettings
+from shared.settings import HttpSettings, WorkerSettings, read_settings
 from shared.volume import ModelPath, resolve_model, use_volume
 
 Config = dict[str, Any]
@@ -52,6 +54,7 @@ class Phase:
 
 def log_phase(name: str, seconds: float, size: int | None = None) -> None:
     """Log `phase=<name> seconds=<s> [bytes=<n>]`."""
+    telemetry.phases[name] = seconds
     log.info("phase=%s seconds=%.3f%s", name, seconds, "" if size is None else f" bytes={size}")
 
 
@@ -192,15 +195,45 @@ def run(handler: JobHandler, prepare: Prepare, *, worker: str) -> Config:
 
 def serve(handler: JobHandler, prepare: Prepare, *, worker: str) -> None:
     """Start the worker in its SERVE_MODE: HTTP, or the SDK's loop, until the worker is stopped."""
-    if os.environ.get("SERVE_MODE", "").strip() == "http":
-        from shared import http_server
+    mode: telemetry.Mode = "http" if os.environ.get("SERVE_MODE", "").strip() == "http" else "queue"
+    flush = telemetry.start_otlp(worker, mode)
+    try:
+        if mode == "http":
+            _serve_http(handler, prepare, worker)
+        else:
+            config = run(handler, prepare, worker=worker)
+            telemetry.add_sink("queue", telemetry.log_line)
+            import runpod
 
-        http_server.serve(handler, prepare, worker=worker)
-        return
-    config = run(handler, prepare, worker=worker)
-    import runpod
+            runpod.serverless.start(config)
+    finally:
+        flush()
 
-    runpod.serverless.start(config)
+
+def _serve_http(handler: JobHandler, prepare: Prepare, worker: str) -> None:
+    _end_at_sigterm()
+    loading: Future[WorkerSettings | StartError | None] = Future()
+
+    def load_model() -> None:
+        loaded = None  # a failure that exits: see `load`
+        try:
+            loaded = load(prepare, worker=worker)
+        finally:
+            loading.set_result(loaded)
+
+    try:
+        settings = read_settings(HttpSettings)
+    except StartError as cause:  # answered on the port that is known, or on the default
+        log.error("start failed code=%s: %s", cause.code, cause.message)
+        port = os.environ.get("PORT", "").strip()
+        settings = HttpSettings.model_construct(port=int(port) if port.isdecimal() else 8000)
+        loading.set_result(cause)
+    else:
+        # The server's import and the model's load overlap.
+        threading.Thread(target=load_model, name="load", daemon=True).start()
+    from shared import http_server
+
+    http_server.serve(handler, loading, settings, worker=worker)
 
 
 def _end_at_sigterm() -> None:
