@@ -64,27 +64,34 @@ def decode_base64(text: str, *, param: str, max_bytes: int = MAX_BYTES) -> bytes
 
 
 async def load_bytes(
-    source: str, *, param: str, max_bytes: int = MAX_BYTES, timeout_s: float = 30.0
+    source: str | bytes, *, param: str, max_bytes: int = MAX_BYTES, timeout_s: float = 30.0
 ) -> bytes:
-    """The bytes, at least one, of base64 text, of a `data:` URI or at an http(s) URL.
+    """The bytes, at least one, of base64 text, of a `data:` URI or at an http(s) URL; bytes as they are.
 
     URLs go through the SDK's download, which refuses addresses that are not public, after redirects too.
     After `timeout_s`, or when the job is cancelled, this returns at once and the connection is closed. The
     exception is a server that trickles its headers: it holds one of 16 threads until they end, or until it
     pauses for 10 s.
     """
-    source = source.strip()
-    scheme = match[1].lower() if (match := _SCHEME.match(source)) else ""
-    if scheme in ("http", "https"):
-        data = await _download(source, param, max_bytes, timeout_s)
-    elif scheme in ("", "data"):
-        read = _read_data_uri if scheme else decode_base64
-        data = await asyncio.to_thread(read, source, param=param, max_bytes=max_bytes)
+    if isinstance(source, str):
+        data = await _load_text(source.strip(), param, max_bytes, timeout_s)
+    elif len(source) > max_bytes:
+        raise too_large(param, f"{max_bytes} bytes")
     else:
-        raise invalid(param, "neither base64 nor a data: URI nor an http(s) URL.", "bad_url")
+        data = source
     if not data:
         raise invalid(param, "empty.", "empty")
     return data
+
+
+async def _load_text(source: str, param: str, max_bytes: int, timeout_s: float) -> bytes:
+    scheme = match[1].lower() if (match := _SCHEME.match(source)) else ""
+    if scheme in ("http", "https"):
+        return await _download(source, param, max_bytes, timeout_s)
+    if scheme in ("", "data"):
+        read = _read_data_uri if scheme else decode_base64
+        return await asyncio.to_thread(read, source, param=param, max_bytes=max_bytes)
+    raise invalid(param, "neither base64 nor a data: URI nor an http(s) URL.", "bad_url")
 
 
 def _read_data_uri(uri: str, *, param: str, max_bytes: int) -> bytes:

@@ -9,6 +9,18 @@ ENGINE_DIED = "engine_died"
 """The code of a JobError after which the worker can serve no job any more, and asks to be replaced."""
 
 _MAX_TEXT = 2000  # characters of a message
+_STATUS = {
+    "invalid_api_key": 401,
+    "unknown_route": 404,
+    "model_not_found": 404,
+    "method_not_allowed": 405,
+    "body_timeout": 408,
+    "too_large": 413,
+    "result_too_large": 413,
+    "overloaded": 429,
+    "not_ready": 503,
+    ENGINE_DIED: 503,
+}
 
 
 def replace_lone_surrogates(text: str) -> str:
@@ -29,7 +41,8 @@ class JobError(Exception):
     message: one sentence of what was wrong, one of what to do.
     param: the input field, dotted (`messages.0.content`), None when no single field is to blame.
     code: a stable machine-readable name (`too_long`, `unknown_field`); an engine's own may be a number.
-    type: OpenAI's class of error; `invalid_request_error` blames the request, `server_error` the worker.
+    type: OpenAI's class of error; `invalid_request_error` blames the request, `server_error` the worker;
+    `unavailable`: the worker can serve no request, and another attempt meets the same cause.
     """
 
     def __init__(
@@ -45,6 +58,15 @@ class JobError(Exception):
         self.param = None if param is None else _clip_middle(param)
         self.code = code
         self.type = type
+
+    @property
+    def status(self) -> int:
+        """The HTTP status: by the code, else 400 for the request's fault and 500 for the worker's."""
+        if isinstance(self.code, int) and 400 <= self.code < 600:  # an inference server's own status
+            return self.code
+        if self.type == "unavailable":
+            return 503
+        return _STATUS.get(str(self.code), 400 if self.type == "invalid_request_error" else 500)
 
     def body(self) -> dict[str, Any]:
         """The error object in OpenAI's shape."""

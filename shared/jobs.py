@@ -15,10 +15,11 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel
 
+from shared import telemetry
 from shared.device import empty_cache, is_cuda_broken, is_out_of_memory
 from shared.errors import ENGINE_DIED, JobError, engine_died, invalid
 from shared.logs import job_id, log
@@ -34,11 +35,13 @@ class Job:
     """One job.
 
     data: as the platform sends it: `id`, `input`, and what else the client gave (`webhook`, `s3Config`).
-    max_result_bytes: the largest result that the platform takes.
+    max_result_bytes: the largest result that the platform takes. transport: how the answer is sent; HTTP
+    carries bytes and text too (`shared.results.Media`), a queue endpoint JSON only.
     """
 
     data: dict[str, Any]
     max_result_bytes: int
+    transport: Literal["queue", "http"] = "queue"
 
     @property
     def id(self) -> str:
@@ -49,8 +52,9 @@ class Job:
 
         advice: how to make the result smaller; a sentence that ends in a space.
         """
-        if at_least > self.max_result_bytes and not has_bucket(self.data):
-            raise too_large(at_least, self.max_result_bytes, advice)
+        uploads = self.transport == "queue" and has_bucket(self.data)
+        if at_least > self.max_result_bytes and not uploads:
+            raise too_large(at_least, self.max_result_bytes, advice, bucket=self.transport == "queue")
 
 
 Work = Callable[[Any, Job], Awaitable[Any]]
@@ -76,7 +80,7 @@ class JobHandler:
     """A worker's handler, in the two forms that the SDK knows: a coroutine and an async generator.
 
     requests, routes: see `job_handler`. work, stream_work: the decorated functions; stream_work is None
-    where the worker does not stream.
+    where the worker does not stream. engine_metrics: an engine's own, which HTTP mode's /metrics appends.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class JobHandler:
     ) -> None:
         self.work = work
         self.stream_work: StreamWork | None = None
+        self.engine_metrics: Callable[[], Awaitable[bytes]] | None = None
         self.requests, self.routes = requests, routes
         self.max_result_bytes = int(WorkerSettings.model_fields["max_result_mb"].default * 1e6)
         self.config: dict[str, Any] = {}
@@ -103,16 +108,20 @@ class JobHandler:
     async def __call__(self, data: dict[str, Any]) -> Any:
         """The complete answer of a job, or `{"error": ...}`."""
         job = self.begin(data)
-        try:
-            request = parse(data.get("input"), self.requests, self.routes)
-            if self.stream_work is not None and getattr(request, "stream", None):
-                message = "this endpoint has STREAMING=false. Leave stream out."
-                raise invalid("stream", message, "unsupported")
-            result = await self.finish(await self.work(request, job), job)
-        except Exception as error:
-            problem, replace_worker = self.explain(error)
-            return {"error": problem.json(), **({"refresh_worker": True} if replace_worker else {})}
-        self._out_of_memory = 0
+        with telemetry.record(self._route(data), "queue") as record:
+            try:
+                request = parse(data.get("input"), self.requests, self.routes)
+                if self.streams(request, job):
+                    message = "this endpoint has STREAMING=false. Leave stream out."
+                    raise invalid("stream", message, "unsupported")
+                answer = await self.work(request, job)
+                record.observe_answer(answer)
+                result = await self.finish(answer, job)
+            except Exception as error:
+                problem, replace_worker = self.explain(error)
+                record.status = problem.status
+                return {"error": problem.json(), **({"refresh_worker": True} if replace_worker else {})}
+        self.succeeded()
         return result
 
     async def stream(self, data: dict[str, Any]) -> AsyncIterator[Any]:
@@ -122,36 +131,57 @@ class JobHandler:
         """
         job = self.begin(data)
         part = None
-        try:
-            request = parse(data.get("input"), self.requests, self.routes)
-            if self.stream_work is None or not getattr(request, "stream", None):
-                yield await self.finish(await self.work(request, job), job)
-            else:
-                # Closed with this generator, so that a reader who leaves frees what the work holds.
-                async with aclosing(self.stream_work(request, job)) as parts:
-                    async for part in parts:
-                        yield part if isinstance(part, str) else await self.finish(part, job)
-        except Exception as error:
-            problem, replace_worker = self.explain(error)
-            if replace_worker:
-                # The SDK reads this flag from its configuration when the handler is a generator.
-                self.config["refresh_worker"] = True
-            # The SDK ends a stream at an `error` without sending it: the reader receives an event first.
-            if isinstance(part, str):
-                yield problem.event()
-            elif part is not None:
-                yield {"event": "error", "detail": problem.body()}
-            yield {"error": problem.json()}
-            return
+        with telemetry.record(self._route(data), "queue") as record:
+            try:
+                request = parse(data.get("input"), self.requests, self.routes)
+                if not self.streams(request, job) or self.stream_work is None:
+                    answer = await self.work(request, job)
+                    record.observe_answer(answer)
+                    yield await self.finish(answer, job)
+                else:
+                    # Closed with this generator, so that a reader who leaves frees what the work holds.
+                    async with aclosing(self.stream_work(request, job)) as parts:
+                        async for part in parts:
+                            record.first_token()
+                            record.observe_answer(part)
+                            yield part if isinstance(part, str) else await self.finish(part, job)
+            except Exception as error:
+                problem, replace_worker = self.explain(error)
+                record.status = problem.status
+                if replace_worker:
+                    # The SDK reads this flag from its configuration when the handler is a generator.
+                    self.config["refresh_worker"] = True
+                # The SDK ends a stream at an `error` without sending it: the reader receives an event first.
+                if isinstance(part, str):
+                    yield problem.event()
+                elif part is not None:
+                    yield {"event": "error", "detail": problem.body()}
+                yield {"error": problem.json()}
+                return
+        self.succeeded()
+
+    def succeeded(self) -> None:
+        """A job has ended well: those that ran out of memory before it are not in a row with a later one."""
         self._out_of_memory = 0
 
-    def begin(self, data: dict[str, Any]) -> Job:
+    def _route(self, data: dict[str, Any]) -> str:
+        """The OpenAI path of a job, or `native`."""
+        payload = data.get("input")
+        route = payload.get("openai_route") if isinstance(payload, dict) else None
+        return route if isinstance(route, str) and route in self.routes else "native"
+
+    def streams(self, request: BaseModel, job: Job) -> bool:
+        """Whether the request asks for parts: by its `stream`, over HTTP also by `stream_over_http`."""
+        fields = ("stream", "stream_over_http") if job.transport == "http" else ("stream",)
+        return self.stream_work is not None and any(getattr(request, name, None) for name in fields)
+
+    def begin(self, data: dict[str, Any], transport: Literal["queue", "http"] = "queue") -> Job:
         """Count the running task, which serves this job alone, as in flight, and name the job in the log."""
         job_id.set(data["id"])
         if task := asyncio.current_task():
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        return Job(data, self.max_result_bytes)
+        return Job(data, self.max_result_bytes, transport)
 
     async def finish(self, result: Any, job: Job) -> Any:
         """`result` as the SDK may post it: plain JSON within the platform's limit.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails
 
 from shared.errors import JobError
@@ -17,6 +17,10 @@ class Request(BaseModel):
     """Base of a worker's own requests: no type coercion, and an unknown field is an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+MediaSource = Annotated[str | bytes, WithJsonSchema({"type": "string", "format": "binary"})]
+"""A field for media: base64, a `data:` URI or a URL in JSON, a file in a form; see `decoding.load_bytes`."""
 
 
 def parse(
@@ -59,13 +63,13 @@ def pick_request_model(requests: Sequence[type[BaseModel]], payload: dict[str, A
     return max(requests, key=lambda request: len(request.model_fields.keys() & payload.keys()))
 
 
-def validate(model: type[BaseModel], payload: dict[str, Any]) -> BaseModel:
+def validate(model: type[BaseModel], payload: dict[str, Any], *, strict: bool | None = None) -> BaseModel:
     """`payload` as `model`. Raises JobError about the first problem.
 
     An unknown field takes precedence: a missing one is often the same field, misspelt.
     """
     try:
-        return model.model_validate(payload)
+        return model.model_validate(payload, strict=strict)
     except ValidationError as error:
         problems = error.errors(include_url=False)
         unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
@@ -102,6 +106,8 @@ def _json_type(value: Any) -> str:
 
 def _show(value: Any) -> str:
     """`value` as JSON where that is short, else its type: an error must not carry megabytes."""
+    if isinstance(value, bytes):
+        return f"a file of {len(value)} bytes"
     text = json.dumps(value, ensure_ascii=False, default=repr)
     if len(text) <= 60:
         return text

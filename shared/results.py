@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic_core import PydanticSerializationError, from_json, to_json, to_jsonable_python
@@ -25,6 +26,14 @@ class Result(dict[str, Any]):
 
     def __repr__(self) -> str:
         return f"<result of {self.size} bytes>"
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """An answer, or a part of one, that HTTP sends as it is. data: bytes of the type `media_type`."""
+
+    data: bytes
+    media_type: str
 
 
 async def to_plain(result: Any) -> tuple[Any, bytes]:
@@ -79,12 +88,18 @@ def _own_bucket(job: Mapping[str, Any]) -> dict[str, Any] | None:
     return config if isinstance(config, dict) and all(config.get(key) for key in keys) else None
 
 
-def too_large(size: int, limit: int, advice: str = "") -> JobError:
-    """The error for a result of `size` bytes. advice: a sentence that ends in a space."""
+def too_large(size: int, limit: int, advice: str = "", *, bucket: bool = True) -> JobError:
+    """The error for a result of `size` bytes. advice: a sentence that ends in a space.
+
+    bucket: whether the way that the answer is sent can upload it instead.
+    """
+    upload = (
+        ", or set BUCKET_ENDPOINT_URL, BUCKET_ACCESS_KEY_ID and BUCKET_SECRET_ACCESS_KEY to have large "
+        "results uploaded"
+    )
     return JobError(
         f"The result would be {size / 1e6:.1f} MB, and the platform takes {limit / 1e6:g} MB. {advice}Split "
-        "the job, or set BUCKET_ENDPOINT_URL, BUCKET_ACCESS_KEY_ID and BUCKET_SECRET_ACCESS_KEY to have "
-        "large results uploaded.",
+        f"the job{upload if bucket else ''}.",
         code="result_too_large",
     )
 

@@ -12,11 +12,10 @@ from shared.errors import StartError
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 
 
-class WorkerSettings(BaseSettings):
-    """The settings of all workers. The field `max_concurrency` is the variable `MAX_CONCURRENCY`.
+class EnvironmentSettings(BaseSettings):
+    """Settings read from the environment: the field `max_concurrency` is the variable `MAX_CONCURRENCY`.
 
-    White space around a value is removed, and an empty variable counts as unset. A worker subclasses this,
-    gives `model_name` its default and adds its own fields.
+    White space around a value is removed, and an empty variable counts as unset.
     """
 
     model_config = SettingsConfigDict(
@@ -34,6 +33,10 @@ class WorkerSettings(BaseSettings):
         }
         return {name: value for name, value in stripped.items() if value != ""}
 
+
+class WorkerSettings(EnvironmentSettings):
+    """The settings of all workers. A worker gives `model_name` its default and adds its own fields."""
+
     model_name: str = Field(description="Model id on the Hugging Face Hub, or a folder")
     model_revision: str | None = Field(None, description="Branch, tag or commit of the model")
     served_model_name: str | None = Field(
@@ -48,6 +51,9 @@ class WorkerSettings(BaseSettings):
     max_concurrency: int = Field(
         64, ge=1, le=1024, description="Jobs that one worker takes at a time; constant while it lives"
     )
+    serve_mode: Literal["queue", "http"] = Field(
+        "queue", description="queue: a queue endpoint; http: a load-balancing endpoint, a Pod or a laptop"
+    )
     prewarm: bool = Field(True, description="Run a few small requests before the first job")
     max_result_mb: float = Field(
         10, gt=0, le=20, description="Largest result in MB: RunPod takes 10 after /run and 20 after /runsync"
@@ -59,7 +65,31 @@ class WorkerSettings(BaseSettings):
         return self.served_model_name or self.model_name
 
 
-S = TypeVar("S", bound=WorkerSettings)
+class HttpSettings(EnvironmentSettings):
+    """The settings of HTTP mode, SERVE_MODE=http."""
+
+    port: int = Field(8000, ge=1, le=65535, description="Port of the HTTP server")
+    port_health: int | None = Field(None, ge=1, le=65535, description="Port of the health check; unset: PORT")
+    health_check_path: str = Field("/ping", pattern=r"^/[\w./-]*$", description="Path of the health check")
+    host: str = Field("0.0.0.0", description="Address to listen on")  # noqa: S104 (a container's own)
+    api_key: SecretStr | None = Field(
+        None,
+        description="Key that clients must send, for Pods and laptops; on RunPod the edge checks its own",
+    )
+    cors_origins: str | None = Field(
+        None, description="Origins of browsers that may call, with commas between, or *; unset: none"
+    )
+    max_waiting: int | None = Field(
+        None, ge=0, le=100_000, description="Requests that wait for a slot; unset: MAX_CONCURRENCY"
+    )
+
+    @property
+    def origins(self) -> list[str]:
+        """CORS_ORIGINS as a list."""
+        return [origin.strip() for origin in (self.cors_origins or "").split(",") if origin.strip()]
+
+
+S = TypeVar("S", bound=EnvironmentSettings)
 
 
 def read_settings(settings: type[S]) -> S:

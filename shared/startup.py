@@ -18,15 +18,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared import telemetry
 from shared.device import is_out_of_memory
 from shared.errors import JobError, StartError
+from shared.jobs import JobHandler, start_config
 from shared.logs import log, redact
-from shared.settings import WorkerSettings
+from shared.settings import HttpSettings, WorkerSettings, read_settings
 from shared.volume import ModelPath, resolve_model, use_volume
 
 Config = dict[str, Any]
@@ -51,6 +54,7 @@ class Phase:
 
 def log_phase(name: str, seconds: float, size: int | None = None) -> None:
     """Log `phase=<name> seconds=<s> [bytes=<n>]`."""
+    telemetry.phases[name] = seconds
     log.info("phase=%s seconds=%.3f%s", name, seconds, "" if size is None else f" bytes={size}")
 
 
@@ -146,44 +150,90 @@ def cuda_version() -> str | None:
     return match[1] if match else None
 
 
-def run(prepare: Callable[[], Config], *, worker: str) -> Config:
-    """Call `prepare`, import the SDK at the same time, and return the SDK's configuration.
+Prepare = Callable[[], WorkerSettings]
+"""Reads the settings, loads and prewarms the model, and returns the settings."""
 
-    prepare: reads the settings, loads and prewarms the model, returns `jobs.start_config(...)`.
-    After a permanent failure the configuration is `refuse(cause)`. Any other failure exits with status 1, so
-    that RunPod replaces the worker.
+
+def load(prepare: Prepare, *, worker: str) -> WorkerSettings | StartError:
+    """The settings of a worker whose model is ready, or the permanent cause why it cannot be.
+
+    Any other failure exits with status 1, so that RunPod replaces the worker.
     """
-    # The SDK's default, DEBUG, writes every input and output into the log.
-    if "RUNPOD_DEBUG_LEVEL" not in os.environ:
-        os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
-    _end_at_sigterm()
     use_volume()
     log_versions(worker)
-    # Most of the SDK's import is a wait for another process, which a thread overlaps with the load. An import
-    # that fails here fails again in `serve`, with its traceback.
-    sdk = threading.Thread(target=_import_quietly, args=("runpod",), daemon=True)
-    sdk.start()
     try:
-        config = prepare()
+        return prepare()
     except Exception as error:
         cause = classify(error)
         if cause is None:
             log.exception("The worker could not start, and RunPod will replace it.")
             raise SystemExit(1) from None
         log.error("start failed code=%s: %s", cause.code, cause.message)
-        config = refuse(cause)
+        return cause
+
+
+def run(handler: JobHandler, prepare: Prepare, *, worker: str) -> Config:
+    """`load` the model, import the SDK at the same time, and return the SDK's configuration.
+
+    After a permanent failure its handler answers every job with the cause.
+    """
+    # The SDK's default, DEBUG, writes every input and output into the log.
+    if "RUNPOD_DEBUG_LEVEL" not in os.environ:
+        os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
+    _end_at_sigterm()
+    # Most of the SDK's import is a wait for another process, which a thread overlaps with the load. An import
+    # that fails here fails again in `serve`, with its traceback.
+    sdk = threading.Thread(target=_import_quietly, args=("runpod",), daemon=True)
+    sdk.start()
+    loaded = load(prepare, worker=worker)
+    if isinstance(loaded, StartError):
+        return refuse(loaded)
+    sdk.join()
+    log_ready()
+    return start_config(handler, loaded)
+
+
+def serve(handler: JobHandler, prepare: Prepare, *, worker: str) -> None:
+    """Start the worker in its SERVE_MODE: HTTP, or the SDK's loop, until the worker is stopped."""
+    mode: telemetry.Mode = "http" if os.environ.get("SERVE_MODE", "").strip() == "http" else "queue"
+    flush = telemetry.start_otlp(worker, mode)
+    try:
+        if mode == "http":
+            _serve_http(handler, prepare, worker)
+        else:
+            config = run(handler, prepare, worker=worker)
+            telemetry.add_sink("queue", telemetry.log_line)
+            import runpod
+
+            runpod.serverless.start(config)
+    finally:
+        flush()
+
+
+def _serve_http(handler: JobHandler, prepare: Prepare, worker: str) -> None:
+    _end_at_sigterm()
+    loading: Future[WorkerSettings | StartError | None] = Future()
+
+    def load_model() -> None:
+        loaded = None  # a failure that exits: see `load`
+        try:
+            loaded = load(prepare, worker=worker)
+        finally:
+            loading.set_result(loaded)
+
+    try:
+        settings = read_settings(HttpSettings)
+    except StartError as cause:  # answered on the port that is known, or on the default
+        log.error("start failed code=%s: %s", cause.code, cause.message)
+        port = os.environ.get("PORT", "").strip()
+        settings = HttpSettings.model_construct(port=int(port) if port.isdecimal() else 8000)
+        loading.set_result(cause)
     else:
-        sdk.join()
-        log_ready()
-    return config
+        # The server's import and the model's load overlap.
+        threading.Thread(target=load_model, name="load", daemon=True).start()
+    from shared import http_server
 
-
-def serve(prepare: Callable[[], Config], *, worker: str) -> None:
-    """Start the worker: `run`, then the SDK's loop, which returns when the worker is stopped."""
-    config = run(prepare, worker=worker)
-    import runpod
-
-    runpod.serverless.start(config)
+    http_server.serve(handler, loading, settings, worker=worker)
 
 
 def _end_at_sigterm() -> None:

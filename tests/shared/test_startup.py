@@ -15,6 +15,7 @@ import pytest
 
 from shared import startup
 from shared.errors import StartError
+from shared.jobs import Job, job_handler
 from shared.settings import WorkerSettings
 
 
@@ -37,6 +38,11 @@ def test_ready_counts_from_the_start_of_the_process(capsys: pytest.CaptureFixtur
     startup.log_ready()
     seconds = float(capsys.readouterr().out.split("seconds=")[1])
     assert 0.05 < seconds < 86400
+
+
+@job_handler()
+async def no_handler(request: Any, job: Job) -> None:
+    """Of a worker that does not start."""
 
 
 def failing(error: Exception) -> Any:
@@ -68,7 +74,7 @@ def failing(error: Exception) -> Any:
 async def test_a_permanent_cause_is_answered_to_every_job(
     error: Exception, code: str, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = startup.run(failing(error), worker="w")
+    config = startup.run(no_handler, failing(error), worker="w")
     for _ in range(2):
         answer = json.loads((await config["handler"]({"id": "1", "input": {}}))["error"])
         assert (answer["code"], answer["type"]) == (code, "server_error")
@@ -79,7 +85,7 @@ async def test_a_permanent_cause_is_answered_to_every_job(
 
 def test_any_other_failure_exits_so_that_the_worker_is_replaced(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        startup.run(failing(ConnectionError("hub is down")), worker="w")
+        startup.run(no_handler, failing(ConnectionError("hub is down")), worker="w")
     assert caught.value.code == 1
     assert "hub is down" in capsys.readouterr().out
 
@@ -108,14 +114,14 @@ def test_without_torch_the_base_image_names_its_cuda(monkeypatch: pytest.MonkeyP
 
 SERVE = """
 from shared import startup
-from shared.jobs import Request, job_handler, start_config
+from shared.jobs import Request, job_handler
 from shared.settings import WorkerSettings
 class Ask(Request):
     n: int
 @job_handler(Ask)
 async def handler(request, job):
     return request.n ** 2
-startup.serve(lambda: start_config(handler, WorkerSettings(model_name="m")), worker="w")
+startup.serve(handler, lambda: WorkerSettings(model_name="m"), worker="w")
 """
 
 
@@ -142,7 +148,7 @@ from shared import startup
 def prepare():
     print("loading", flush=True)
     time.sleep(600)
-startup.run(prepare, worker="w")
+startup.run(None, prepare, worker="w")
 """
 
 
@@ -158,8 +164,10 @@ def test_sigterm_ends_a_start() -> None:
 
 
 def test_a_good_start_returns_the_configuration_and_logs_it(capsys: pytest.CaptureFixture[str]) -> None:
-    config = {"handler": print}
-    assert startup.run(lambda: config, worker="w") is config
+    settings = WorkerSettings(model_name="m", max_concurrency=7)
+    config = startup.run(no_handler, lambda: settings, worker="w")
+    assert config["handler"] == no_handler.__call__
+    assert config["concurrency_modifier"](1) == 7
     out = capsys.readouterr().out
     assert re.search(
         r"versions worker=w python=\S+ runpod=\S+ torch=\S+ transformers=\S+ cuda=\S+ model=", out

@@ -14,11 +14,11 @@ packed by tokens and sorted by length.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from serving.embedding import answers
 from shared import prewarm, startup
-from shared.jobs import Job, job_handler, start_config
+from shared.jobs import Job, job_handler
 from shared.openai import ModelList, ModelsRequest, check_model, model_list
 from shared.settings import read_settings
 
@@ -85,18 +85,18 @@ async def handler(
 # ---- start ---------------------------------------------------------------------------------------------
 
 
-def prepare() -> dict[str, Any]:
+def prepare() -> Settings:
     global engine
     settings = read_settings(Settings)
     engine = load(settings)
     if settings.prewarm:
         # The shapes that matter: one short text, and a batch of texts of the length that most models take.
         prewarm.run(handler, [{"text": "warm"}, {"texts": ["warm " * 600] * 4}])
-    return start_config(handler, settings)
+    return settings
 
 
 def main() -> None:
-    startup.serve(prepare, worker="sentence-transformers")
+    startup.serve(handler, prepare, worker="sentence-transformers")
 
 
 if __name__ == "__main__":

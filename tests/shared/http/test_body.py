@@ -1,0 +1,189 @@
+"""Bodies: JSON, forms with files, and those that are too large, too slow or malformed."""
+
+from __future__ import annotations
+
+import asyncio
+import tracemalloc
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import Request
+from starlette.types import Message
+
+from shared import http_body
+from shared.errors import JobError
+from shared.http_body import MAX_BODY_BYTES, ClientDisconnect, read_fields
+from tests.shared.http.test_app import client
+
+
+def request(*messages: Message, **headers: str) -> Request:
+    """A request whose body arrives in these messages; the last one repeats for ever."""
+    left = list(messages)
+
+    async def receive() -> Message:
+        await asyncio.sleep(0)
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    return Request({"type": "http", "method": "POST", "headers": raw}, receive)
+
+
+def chunk(data: bytes, *, more: bool = True) -> Message:
+    return {"type": "http.request", "body": data, "more_body": more}
+
+
+async def problem(asked: Request) -> tuple[str | int | None, int]:
+    with pytest.raises(JobError) as refused:
+        await read_fields(asked)
+    return refused.value.code, refused.value.status
+
+
+async def test_json_arrives_in_any_number_of_chunks_under_any_type() -> None:
+    for kind in ("application/json; charset=utf-8", "text/plain", "application/x-www-form-urlencoded", ""):
+        split = [b' {"a": ', b"", '"\u00e9"'.encode()[:2], b'\xa9"}']
+        asked = request(*map(chunk, split), chunk(b"", more=False), content_type=kind)
+        assert await read_fields(asked) == ({"a": "\u00e9"}, False)
+    assert await read_fields(request(chunk(b" ", more=False))) == ({}, False)
+
+
+@pytest.mark.parametrize("body", [b"{", b"[1]", b'"a"', b"\xff\xfe", b"<a/>", b"[" * 100_000, b"null"])
+async def test_what_is_no_json_object_is_refused(body: bytes) -> None:
+    asked = request(chunk(body, more=False), content_type="application/xml")
+    assert await problem(asked) == ("invalid_json", 400)
+
+
+async def test_a_body_that_never_ends_is_refused_in_bounded_memory() -> None:
+    mebibyte = chunk(b"x" * 2**20)
+    for kind in ("application/json", "multipart/form-data; boundary=b", "application/x-www-form-urlencoded"):
+        start = chunk(b'--b\r\ncontent-disposition: form-data; name="f"; filename="f"\r\n\r\n')
+        tracemalloc.start()
+        assert await problem(request(start, mebibyte, content_type=kind)) == ("too_large", 413)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 3 * MAX_BODY_BYTES
+
+
+async def test_a_body_that_declares_too_much_is_refused_unread() -> None:
+    asked = request({"type": "never"}, content_length=str(MAX_BODY_BYTES + 1))
+    assert await problem(asked) == ("too_large", 413)
+
+
+async def test_a_body_that_stalls_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_body, "UPLOAD_TIMEOUT_S", 0.05)
+    asked = request(chunk(b""))  # no data, for ever
+    assert await problem(asked) == ("body_timeout", 408)
+
+
+async def test_a_client_that_hangs_up_in_mid_upload_ends_the_read() -> None:
+    gone = {"type": "http.disconnect"}
+    for kind in ("application/json", "multipart/form-data; boundary=b"):
+        with pytest.raises(ClientDisconnect):
+            await read_fields(request(chunk(b"--b"), gone, content_type=kind))
+
+
+def form(*parts: tuple[str, str | bytes | None], boundary: str = "b") -> bytes:
+    """Files are bytes."""
+    made = b""
+    for name, value in parts:
+        file = '; filename="a.wav"' if isinstance(value, bytes) else ""
+        data = value if isinstance(value, bytes) else (value or "").encode()
+        made += f'--{boundary}\r\ncontent-disposition: form-data; name="{name}"{file}\r\n\r\n'.encode()
+        made += data + b"\r\n"
+    return made + f"--{boundary}--\r\n".encode()
+
+
+async def test_a_form_gives_text_and_the_bytes_of_its_files() -> None:
+    file = bytes(range(256)) * 8192  # 2 MiB, with line ends in it
+    body = form(("file", file), ("model", "t\u00f6y"), ("tags[]", "one"), ("twice", "1"), ("twice", "2"),
+                ("empty", ""))  # fmt: skip
+    chunks = [chunk(body[start : start + 65536]) for start in range(0, len(body), 65536)]
+    fields = await read_fields(
+        request(*chunks, chunk(b"", more=False), content_type='multipart/form-data; boundary="b"')
+    )
+    expected = {"file": file, "model": "t\u00f6y", "tags[]": ["one"], "twice": ["1", "2"], "empty": ""}
+    assert fields == (expected, True)
+
+
+async def test_an_urlencoded_form_gives_text() -> None:
+    kind = "application/x-www-form-urlencoded"
+    asked = request(chunk(b"a=1%20x&b=&c[]=2&d=3&d=4", more=False), content_type=kind)
+    assert await read_fields(asked) == ({"a": "1 x", "b": "", "c[]": ["2"], "d": ["3", "4"]}, True)
+    asked = request(chunk(b"&".join([b"a=1"] * 101), more=False), content_type=kind)
+    assert await problem(asked) == ("invalid_form", 400)
+
+
+GOOD = form(("file", b"RIFF"))
+MALFORMED = {
+    "no boundary": ("multipart/form-data", GOOD),
+    "another boundary": ("multipart/form-data; boundary=other", GOOD),
+    "no name": ("multipart/form-data; boundary=b", GOOD.replace(b'name="file"; ', b"")),
+    "garbage": ("multipart/form-data; boundary=b", b"\x00\xff" * 100),
+    "header without an end": ("multipart/form-data; boundary=b", b"--b\r\n" + b"a" * 100_000),
+    "too many fields": ("multipart/form-data; boundary=b", form(*[("a", "1")] * 101)),
+    "too many files": ("multipart/form-data; boundary=b", form(*[("a", b"1")] * 9)),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+async def test_a_malformed_form_is_refused(case: str) -> None:
+    kind, body = MALFORMED[case]
+    assert await problem(request(chunk(body, more=False), content_type=kind)) == ("invalid_form", 400)
+
+
+@pytest.mark.parametrize("body", [b"", GOOD[:-10], GOOD[:40], b"--b--\r\n"])
+async def test_a_form_that_is_cut_off_ends_in_a_400(body: bytes) -> None:
+    kind = {"content-type": "multipart/form-data; boundary=b"}
+    answer = await client().post("/v1/audio/transcriptions", content=body, headers=kind)
+    assert answer.status_code == 400
+
+
+TRANSCRIBE = "/v1/audio/transcriptions"
+
+
+@pytest.mark.parametrize(
+    ("data", "files", "expected"),
+    [
+        ({}, {"file": b"\xff" * 5}, {"text": "5 bytes", "temperature": 0.0}),
+        ({"temperature": "0.5", "model": "m"}, {"file": b"12"}, {"text": "2 bytes", "temperature": 0.5}),
+        ({"file": "aGk=", "stream": "false"}, None, {"text": "2 bytes", "temperature": 0.0}),
+    ],
+)
+async def test_fields_of_a_form_are_read_as_their_types(
+    data: dict[str, str], files: Any, expected: dict[str, Any]
+) -> None:
+    answer = await client().post(TRANSCRIBE, data=data, files=files)
+    assert answer.json() == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "files", "param"),
+    [
+        ({"temperature": "warm"}, {"file": b"1"}, "temperature"),
+        ({"model": "m"}, {"other": b"1"}, "file"),
+        ({"response_format": "xml"}, {"file": b"1"}, "response_format"),
+        ({}, {"file": b""}, "file"),
+        ({}, {"file": b"1", "model": b"\xff\xfe" * 10_000}, "model"),  # a file where text belongs
+    ],
+)
+async def test_a_wrong_field_of_a_form_is_named(data: dict[str, str], files: Any, param: str) -> None:
+    answer = await client().post(TRANSCRIBE, data=data, files=files)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert len(answer.text) < 1000
+
+
+async def test_json_is_not_coerced() -> None:
+    answer = await client().post(TRANSCRIBE, json={"file": "aGk=", "temperature": "0.5"})
+    assert answer.json()["error"]["param"] == "temperature"
+    answer = await client().post(TRANSCRIBE, json={"file": "aGk=", "response_format": "text"})
+    assert (answer.text, answer.headers["content-type"]) == ("2 bytes", "text/plain; charset=utf-8")
+
+
+async def test_a_streamed_upload_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> AsyncIterator[bytes]:
+        for byte in b'{"input": {"text": "hi"}}':
+            yield bytes([byte])
+
+    answer: httpx.Response = await client().post("/runsync", content=body())
+    assert answer.json()["output"]["text"] == "hi"
