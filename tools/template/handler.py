@@ -7,10 +7,10 @@ Response: {"words": 6, "sentences": 2, "longest": "small", "model": "word-count"
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shared import prewarm, startup
-from shared.jobs import Job, job_handler, start_config
+from shared.jobs import Job, job_handler
 from shared.settings import read_settings
 
 from .schemas import CountRequest, CountResponse, Settings
@@ -45,17 +45,17 @@ async def handler(request: CountRequest, job: Job) -> CountResponse:
 # ---- start ---------------------------------------------------------------------------------------------
 
 
-def prepare() -> dict[str, Any]:
+def prepare() -> Settings:
     global engine, model_name
     settings = read_settings(Settings)
     engine, model_name = load(settings), settings.public_name
     if settings.prewarm:
         prewarm.run(handler, [{"text": "warm"}])
-    return start_config(handler, settings)
+    return settings
 
 
 def main() -> None:
-    startup.serve(prepare, worker="template-worker")
+    startup.serve(handler, prepare, worker="template-worker")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from serving.embedding import answers
 from serving.embedding.schemas import EmbeddingsResponse, Usage
 from shared import prewarm, startup
 from shared.errors import JobError
-from shared.jobs import Job, job_handler, start_config
+from shared.jobs import Job, job_handler
 from shared.openai import ModelList, ModelsRequest, check_model, model_list
 from shared.settings import read_settings
 
@@ -193,7 +193,7 @@ async def rerank(request: RerankFields) -> RerankResponse:
 # ---- start ---------------------------------------------------------------------------------------------
 
 
-def prepare() -> dict[str, Any]:
+def prepare() -> Settings:
     global engine
     settings = read_settings(Settings)
     engine = load(settings)
@@ -204,11 +204,11 @@ def prepare() -> dict[str, Any]:
             prewarm.run(handler, [{"texts": batch} for batch in texts])
         else:
             prewarm.run(handler, [{"query": "warm", "documents": documents} for documents in texts])
-    return start_config(handler, settings)
+    return settings
 
 
 def main() -> None:
-    startup.serve(prepare, worker="bge")
+    startup.serve(handler, prepare, worker="bge")
 
 
 if __name__ == "__main__":

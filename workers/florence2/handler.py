@@ -20,11 +20,11 @@ from __future__ import annotations
 import asyncio
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shared import prewarm, startup
 from shared.decoding import load_bytes
-from shared.jobs import Job, job_handler, start_config
+from shared.jobs import Job, job_handler
 from shared.logs import log
 from shared.openai import ModelList, ModelsRequest, model_list, usage
 from shared.settings import read_settings
@@ -139,7 +139,7 @@ def to_answer(prompt: Prompt, generated: Generated, decoded: DecodedAnswer) -> A
 # ---- start ---------------------------------------------------------------------------------------------
 
 
-def prepare() -> dict[str, Any]:
+def prepare() -> Settings:
     global loaded
     settings = read_settings(Settings)
     loaded = load(settings)
@@ -152,14 +152,14 @@ def prepare() -> dict[str, Any]:
         image = encode_image(Image.new("RGB", (768, 768), "gray"))
         several = {"images": [image] * 4, "tasks": ["OCR", "CAPTION", "OD"], "max_tokens": 8}
         prewarm.run(handler, [{"image": image, "max_tokens": 8}, several])
-    return start_config(handler, settings)
+    return settings
 
 
 def main() -> None:
     # torch's threads wait for each other by spinning, which takes the cores from the images that are decoded
     # beside the model: on a busy machine batches took ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    startup.serve(prepare, worker="florence2")
+    startup.serve(handler, prepare, worker="florence2")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from serving.streaming import merge_streams, relay
 from shared import prewarm, startup
 from shared.errors import StartError
-from shared.jobs import Job, job_handler, start_config
+from shared.jobs import Job, job_handler
 from shared.openai import ModelsRequest, model_list, usage
 from shared.settings import read_settings
 from shared.volume import ModelPath
@@ -188,7 +188,7 @@ async def begin(
 # ---- start ---------------------------------------------------------------------------------------------
 
 
-def prepare() -> dict[str, Any]:
+def prepare() -> Settings:
     global engine
     settings = read_settings(Settings)
     engine = load(settings)
@@ -196,11 +196,11 @@ def prepare() -> dict[str, Any]:
         request: dict[str, Any] = {"prompt": "Hello", "max_tokens": 4}
         adapters = [{**request, "lora": name} for name in engine.adapters]
         prewarm.run(handler, [{**request, "temperature": 0}, request, *adapters])
-    return start_config(handler, settings)
+    return settings
 
 
 def main() -> None:
-    startup.serve(prepare, worker="huggingface")
+    startup.serve(handler, prepare, worker="huggingface")
 
 
 if __name__ == "__main__":

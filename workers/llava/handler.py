@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from serving.openai_chat import (
     ChatChunks,
@@ -33,7 +33,7 @@ from serving.openai_chat import (
 )
 from serving.streaming import merge_streams, relay
 from shared import prewarm, startup
-from shared.jobs import Job, job_handler, start_config
+from shared.jobs import Job, job_handler
 from shared.openai import ModelsRequest, Usage, check_model, model_list, usage
 from shared.settings import read_settings
 
@@ -150,7 +150,7 @@ def response(text: str, finish_reason: str, total: Usage) -> LlavaResponse:
 # ---- start ---------------------------------------------------------------------------------------------
 
 
-def prepare() -> dict[str, Any]:
+def prepare() -> Settings:
     global engine
     settings = read_settings(Settings)
     engine = load(settings)
@@ -162,11 +162,11 @@ def prepare() -> dict[str, Any]:
         image = encode_image(Image.new("RGB", (640, 480), "grey"))
         request = {"image": image, "prompt": "warm", "max_tokens": 8}
         prewarm.run(handler, [request, {**request, "temperature": 0.5}])
-    return start_config(handler, settings)
+    return settings
 
 
 def main() -> None:
-    startup.serve(prepare, worker="llava")
+    startup.serve(handler, prepare, worker="llava")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 
 from serving.streaming import relay
 from shared import prewarm, startup
-from shared.jobs import Job, job_handler, start_config
+from shared.jobs import Job, job_handler
 from shared.logs import log
 from shared.openai import ModelList, ModelsRequest, model_list
 from shared.settings import read_settings
@@ -87,18 +87,18 @@ async def stream(
 # ---- start ---------------------------------------------------------------------------------------------
 
 
-def prepare() -> dict[str, Any]:
+def prepare() -> Settings:
     global engine
     settings = read_settings(Settings)
     engine = load(settings)
     if settings.prewarm:
         prewarm.run(handler, [{"prompt": "Hello", "max_tokens": 4, "temperature": 0}])
-    return start_config(handler, settings)
+    return settings
 
 
 def main() -> None:
     launcher.use_volume_for_tgi()
-    startup.serve(prepare, worker="tgi")
+    startup.serve(handler, prepare, worker="tgi")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from serving.engine_server.process import EngineServer
 from serving.streaming import relay
 from shared import prewarm, startup
 from shared.errors import JobError, StartError, invalid
-from shared.jobs import Job, job_handler, start_config
+from shared.jobs import Job, job_handler
 from shared.logs import log
 from shared.settings import read_settings
 
@@ -188,7 +188,7 @@ def prewarm_inputs(openapi: str) -> list[dict[str, Any]]:
     return []
 
 
-def prepare() -> dict[str, Any]:
+def prepare() -> Settings:
     global engine
     settings = read_settings(Settings)
     server, command = load(settings)
@@ -199,13 +199,13 @@ def prepare() -> dict[str, Any]:
     log.info("concurrency=%d", jobs)
     if settings.prewarm:
         prewarm.run(handler, prewarm_inputs(server.get("/openapi.json")[1]))
-    return start_config(handler, settings.model_copy(update={"max_concurrency": jobs}))
+    return settings.model_copy(update={"max_concurrency": jobs})
 
 
 def main() -> None:
     if base := os.environ.get("BASE_PATH"):  # the official worker's name
         os.environ.setdefault("RUNPOD_VOLUME_PATH", base)
-    startup.serve(prepare, worker="vllm")
+    startup.serve(handler, prepare, worker="vllm")
 
 
 if __name__ == "__main__":

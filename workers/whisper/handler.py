@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared import prewarm, startup
 from shared.device import pick_device
-from shared.jobs import Job, job_handler, start_config
+from shared.jobs import Job, job_handler
 from shared.openai import ModelList, ModelsRequest, check_model, model_list
 from shared.settings import read_settings
 
@@ -155,7 +155,7 @@ def noise_file(seconds: float = 1.0, rate: int = 16_000) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def prepare() -> dict[str, Any]:
+def prepare() -> Settings:
     global model
     settings = read_settings(Settings)
     model = load(settings)
@@ -163,11 +163,11 @@ def prepare() -> dict[str, Any]:
         # Decoding with word times, without speech detection in its way; then the detection's own model.
         noise = {"audio": noise_file(), "fallback": False}
         prewarm.run(handler, [{**noise, "vad": False, "word_timestamps": True}, noise])
-    return start_config(handler, settings)
+    return settings
 
 
 def main() -> None:
-    startup.serve(prepare, worker="whisper")
+    startup.serve(handler, prepare, worker="whisper")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from shared import prewarm, startup
 from shared.device import pick_device
 from shared.errors import StartError
-from shared.jobs import Job, job_handler, start_config
+from shared.jobs import Job, job_handler
 from shared.openai import ModelList, ModelsRequest, model_list
 from shared.settings import read_settings
 
@@ -130,13 +130,13 @@ async def stream(request: XttsRequest, job: Job) -> AsyncIterator[XttsChunk | Xt
 # ---- start ---------------------------------------------------------------------------------------------
 
 
-def prepare() -> dict[str, Any]:
+def prepare() -> Settings:
     global engine
     settings = read_settings(Settings)
     engine = load(settings)
     if settings.prewarm:
         prewarm.run(handler, _prewarm_inputs())
-    return start_config(handler, settings)
+    return settings
 
 
 def _prewarm_inputs() -> list[dict[str, Any]]:
@@ -150,7 +150,7 @@ def _prewarm_inputs() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    startup.serve(prepare, worker="xtts")
+    startup.serve(handler, prepare, worker="xtts")
 
 
 if __name__ == "__main__":
