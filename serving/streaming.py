@@ -95,6 +95,7 @@ class _Buffer:
         self._max_unmeasured = 0  # upper bound of their bytes
         self._measured: deque[tuple[str, int]] = deque()  # the older units, each with its bytes
         self._measured_bytes = 0
+        self.full = False
         self._filled, self._taken = asyncio.Event(), asyncio.Event()
 
     def __bool__(self) -> bool:
@@ -105,6 +106,7 @@ class _Buffer:
         self._max_unmeasured += _max_size(unit)
         if self._measured_bytes + self._max_unmeasured >= self.room:
             self._measure()
+            self.full = self._measured_bytes >= self.room
         self._filled.set()
 
     def take(self) -> str:
@@ -117,11 +119,12 @@ class _Buffer:
         self._measure()
         chunk, size = _take(self._measured, self.room)
         self._measured_bytes -= size
+        self.full = self._measured_bytes >= self.room
         self._taken.set()
         return chunk
 
     async def wait_for_room(self) -> None:
-        while self._measured_bytes >= self.room:
+        while self.full:
             self._taken.clear()
             await self._taken.wait()
 
@@ -150,7 +153,8 @@ async def _fill(buffer: _Buffer, source: AsyncIterator[str]) -> None:
             async for unit in source:
                 if unit:
                     buffer.put(unit)
-                    await buffer.wait_for_room()
+                    if buffer.full:
+                        await buffer.wait_for_room()
     except asyncio.CancelledError:
         if reader.cancelling():
             raise
