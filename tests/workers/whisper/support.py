@@ -46,11 +46,14 @@ def encoded(
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def written(samples: np.ndarray, container: str, codec: str, rate: int, repeat: int = 1) -> str:
+def written(
+    samples: np.ndarray, container: str, codec: str, rate: int, bit_rate: int = 128_000, repeat: int = 1
+) -> str:
     """A stereo file that PyAV writes, `repeat` times, in base64."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as file:
         stream = file.add_stream(codec, rate=rate)
+        stream.bit_rate = bit_rate
         stream.codec_context.layout = "stereo"
         frame = av.AudioFrame.from_ndarray(np.stack([samples] * 2), format="fltp", layout="stereo")
         frame.sample_rate = rate
