@@ -143,8 +143,11 @@ async def handler(
         async for deltas in batches:
             outputs.update(deltas)
     total = usage(prompts.prompt_tokens, sum(delta.num_tokens for delta in outputs.values()))
-    # A thread: thousands of tokens with their log probabilities would block the event loop.
-    return await asyncio.to_thread(writer.complete, [outputs[index] for index in sorted(outputs)], total)
+    in_order = [outputs[index] for index in sorted(outputs)]
+    if not in_order[0].logprobs:
+        return writer.complete(in_order, total)
+    # Thousands of tokens with their log probabilities would block the event loop.
+    return await asyncio.to_thread(writer.complete, in_order, total)
 
 
 @handler.streamed
