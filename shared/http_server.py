@@ -78,8 +78,9 @@ def serve(
 
     configs = [
         uvicorn.Config(
-            closing_when_drained, settings.host, port, http=_protocol(), ws="none", lifespan="off", log_config=None,
-            access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S,
+            closing_when_drained, settings.host, port, http=_protocol(), ws="none", lifespan="off",
+            log_config=None, access_log=False, server_header=False, proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
         )
         for port in ports
     ]  # fmt: skip

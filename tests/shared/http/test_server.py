@@ -12,6 +12,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import openai
 import pytest
 
 from tests.helpers import wait_until
@@ -100,6 +101,8 @@ def test_the_key_and_the_origins_come_from_the_environment() -> None:
         assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == "https://b.example"
         assert not any("s3cret-key" in line for line in server.log)
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0).models.list()
 
 
 # ---- load -------------------------------------------------------------------------------------------------
@@ -127,6 +130,12 @@ def test_max_waiting_may_be_none() -> None:
     with running(MAX_CONCURRENCY="2", MAX_WAITING="0") as server:
         answers = asyncio.run(post_all(server, 10, seconds=1))
         assert Counter(answer.status_code for answer in answers) == {200: 2, 429: 8}
+        body = b'{"input": {"seconds": 60}}'
+        with server.send("/runsync", body), server.send("/runsync", body):
+            wait_until(lambda: server.health()["in_flight"] == 2, 10)
+            ai = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+            with pytest.raises(openai.RateLimitError):
+                ai.chat.completions.create(model="toy", messages=[])
 
 
 def test_thousands_of_requests_on_kept_connections_leave_nothing_behind(server: Server) -> None:
