@@ -118,6 +118,8 @@ class JobResponse(Response):
         self._record.observe_answer(answer)
         if isinstance(answer, Media):
             data, media_type = answer.data, answer.media_type
+        elif isinstance(answer, str) and self._model is not None:  # a transcript, not a JSON string
+            data, media_type = answer.encode(), "text/plain; charset=utf-8"
         else:
             data, media_type = (await to_plain(answer))[1], "application/json"
         queued, took = self._record.values["queue"], time.perf_counter() - begin

@@ -179,8 +179,24 @@ async def test_a_wrong_field_of_a_form_is_named(data: dict[str, str], files: Any
 async def test_json_is_not_coerced() -> None:
     answer = await client().post(TRANSCRIBE, json={"file": "aGk=", "temperature": "0.5"})
     assert answer.json()["error"]["param"] == "temperature"
-    answer = await client().post(TRANSCRIBE, json={"file": "aGk=", "response_format": "text"})
-    assert (answer.text, answer.headers["content-type"]) == ("2 bytes", "text/plain; charset=utf-8")
+
+
+@pytest.mark.parametrize(
+    ("response_format", "text", "media_type"),
+    [
+        ("json", '{"text":"2 bytes","temperature":0.0}', "application/json"),
+        ("text", "2 bytes", "text/plain; charset=utf-8"),
+        ("wav", "hi", "audio/wav"),
+    ],
+)
+async def test_an_answer_has_its_own_content_type(response_format: str, text: str, media_type: str) -> None:
+    body = {"file": "aGk=", "response_format": response_format}
+    answer = await client().post(TRANSCRIBE, json=body)
+    assert (answer.text, answer.headers["content-type"]) == (text, media_type)
+    wrapped = {"input": {"openai_route": TRANSCRIBE, "openai_input": body}}
+    answer = await client().post("/runsync", json=wrapped)
+    if response_format == "text":
+        assert answer.json()["output"] == text
 
 
 async def test_a_streamed_upload_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
