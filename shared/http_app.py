@@ -85,9 +85,9 @@ def make_app(
             add(path, model)
             continue
         get: dict[str, Any] = {"methods": ["GET"], "response_class": Response}
+        get["responses"] = {"default": {"description": ""}}  # described below; FastAPI would add its own 422
         app.add_api_route(path, list_models, openapi_extra=documentation.operation(path, model), **get)
-        of_one = path + "/{name}"
-        described = documentation.operation(of_one, model)
+        described = documentation.operation(path + "/{name}", model)
         app.add_api_route(path + "/{name:path}", retrieve_model, openapi_extra=described, **get)
 
     @app.head(health_path, include_in_schema=False)
