@@ -62,7 +62,7 @@ class JobResponse(Response):
         with telemetry.record(self._route, "http") as record:
             self._record, self._receive, self._send = record, receive, send
             try:
-                with self._admission.place():
+                with self._admission.admit():
                     fields, form = await read_fields(self._request)
                     self._body_read = True
                     await self._run_while_connected(self._parse(fields, form))

@@ -104,7 +104,7 @@ async def test_models_are_listed_and_retrieved_by_names_with_slashes() -> None:
 async def test_models_are_listed_while_every_slot_is_taken() -> None:
     admission = Admission()
     admission.open(1, 0)
-    with admission.place():
+    with admission.admit():
         assert (await client(admission).get("/v1/models")).status_code == 200
         refused = await client(admission).post("/v1/chat/completions", json=CHAT)
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "2")
