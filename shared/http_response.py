@@ -68,8 +68,8 @@ class JobResponse(Response):
                     await self._run_while_connected(self._parse(fields, form))
             except ClientDisconnect:
                 record.status = CLIENT_CLOSED
-            except JobError as error:
-                await self._fail(error)
+            except Exception as error:
+                await self._fail(self._handler.explain(error)[0])
 
     def _parse(self, fields: dict[str, Any], form: bool) -> BaseModel:
         if self._model is None:
