@@ -234,6 +234,8 @@ def test_the_openapi_document_describes_every_route_and_refers_to_nothing_missin
         "$ref": "#/components/schemas/WorkResponse"
     }
     assert "text/event-stream" in answer
+    listed = made["paths"]["/v1/models"]["get"]["responses"]["200"]["content"]
+    assert listed["application/json"]["schema"] == {"$ref": "#/components/schemas/ModelList"}
     error = made["paths"]["/v1/chat/completions"]["post"]["responses"]["default"]
     assert error["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Error"}
     assert "security" not in work
