@@ -24,12 +24,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+import time
 import traceback
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Generic, TypeVar
+
+from shared import telemetry
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -44,6 +47,8 @@ class _Submission:
     unfinished: int  # items without a result
     pending: list[_Entry] = field(default_factory=list)  # not in the queue yet, the longest last
     active_cost: int = 0  # of its items that are queued or running
+    started: float = 0.0  # time.perf_counter() at its first batch
+    largest_batch: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -134,7 +139,11 @@ class DynamicBatcher(Generic[Item, Result]):
         if self._free and not self._dispatch_scheduled:
             self._dispatch_scheduled = True
             loop.call_soon(self._dispatch)
+        submitted = time.perf_counter()
         results: list[Result] = await submission.future
+        telemetry.observe("batch_wait", submission.started - submitted)
+        telemetry.observe("model", time.perf_counter() - submission.started)
+        telemetry.observe("batch_size", submission.largest_batch)
         return results
 
     def close(self) -> None:
@@ -182,6 +191,10 @@ class DynamicBatcher(Generic[Item, Result]):
             self.running += 1
             thread = min(self._free)
             self._free.remove(thread)
+            now = time.perf_counter()
+            for submission in {entry.submission for entry in batch}:
+                submission.started = submission.started or now
+                submission.largest_batch = max(submission.largest_batch, len(batch))
             self._threads[thread].submit(self._run_batch, batch, thread)
 
     def _next_half(self) -> list[_Entry]:

@@ -20,15 +20,15 @@ class Admission:
         self.state: Literal["loading", "ready", "failed", "draining", "dead"] = "loading"
         self.cause: StartError | None = None
         self.in_flight = 0
-        self.idle = asyncio.Event()  # no request has a place
+        self.idle = asyncio.Event()  # no request is admitted
         self.idle.set()
         self.closed = asyncio.Event()  # draining or dead
-        self._places = 0
+        self._admitted = 0
 
     @property
     def waiting(self) -> int:
-        """Requests that have a place and no slot: their bodies arrive, or they wait for one."""
-        return self._places - self.in_flight
+        """Requests that are admitted and have no slot: their bodies arrive, or they wait for one."""
+        return self._admitted - self.in_flight
 
     def open(self, running: int, waiting: int) -> None:
         """The model is ready; the limits are known with its settings."""
@@ -56,32 +56,32 @@ class Admission:
             raise JobError(message, code="not_ready", type="server_error")
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """Hold a place from the first byte of the body to the last of the answer.
+    def admit(self) -> Iterator[None]:
+        """Count a request from the first byte of its body to the last of its answer.
 
-        Raises JobError(code="overloaded") where all are taken. So uploads are bounded too, and a worker that
+        Raises JobError(code="overloaded") beyond the limits. So uploads are bounded too, and a worker that
         drains waits for them.
         """
         self.check()
-        if self._places >= self._running + self._max_waiting:
+        if self._admitted >= self._running + self._max_waiting:
             raise JobError(
                 f"{self.in_flight} requests run and {self.waiting} wait, which is the limit of this worker. "
                 "Try again later, or raise MAX_CONCURRENCY or MAX_WAITING.",
                 code="overloaded",
                 type="server_error",
             )
-        self._places += 1
+        self._admitted += 1
         self.idle.clear()
         try:
             yield
         finally:
-            self._places -= 1
-            if not self._places:
+            self._admitted -= 1
+            if not self._admitted:
                 self.idle.set()
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
-        """Within a place: wait for a slot, first come first served, and hold it."""
+        """For an admitted request: wait for a slot, first come first served, and hold it."""
         async with self._slots:
             self.in_flight += 1
             try:

@@ -17,10 +17,10 @@ from pydantic import BaseModel
 from shared import telemetry
 from shared.admission import Admission
 from shared.errors import JobError
-from shared.http_docs import NATIVE, Documentation
+from shared.http_docs import MODELS, NATIVE, Documentation
 from shared.http_response import JobResponse, error_response
 from shared.jobs import JobHandler
-from shared.openai import ModelsRequest
+from shared.requests import validate
 from shared.results import to_plain
 
 
@@ -60,10 +60,11 @@ def make_app(
 
     async def listed_models(request: Request) -> dict[str, Any]:
         authorise(request)
-        admission.check()  # takes no slot: a worker under load still says what it serves
+        admission.check()  # takes no slot: a worker under load still lists what it serves
         job = handler.begin({"id": "models", "input": None}, transport="http")
         try:
-            answer: dict[str, Any] = (await to_plain(await handler.work(ModelsRequest(), job)))[0]
+            asked = validate(handler.routes[MODELS], {})
+            answer: dict[str, Any] = (await to_plain(await handler.work(asked, job)))[0]
         except Exception as error:
             raise handler.explain(error)[0] from None
         return answer
@@ -81,13 +82,13 @@ def make_app(
 
     add(NATIVE, None)
     for path, model in handler.routes.items():
-        if not issubclass(model, ModelsRequest):
+        if path != MODELS:
             add(path, model)
             continue
         get: dict[str, Any] = {"methods": ["GET"], "response_class": Response}
+        get["responses"] = {"default": {"description": ""}}  # described below; FastAPI would add its own 422
         app.add_api_route(path, list_models, openapi_extra=documentation.operation(path, model), **get)
-        of_one = path + "/{name}"
-        described = documentation.operation(of_one, model)
+        described = documentation.operation(path + "/{name}", model)
         app.add_api_route(path + "/{name:path}", retrieve_model, openapi_extra=described, **get)
 
     @app.head(health_path, include_in_schema=False)

@@ -11,9 +11,10 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from shared.jobs import JobHandler
-from shared.openai import ModelsRequest
+from shared.openai import Model, ModelList
 
 NATIVE = "/runsync"
+MODELS = "/v1/models"  # the only GET among the routes
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -41,7 +42,8 @@ class Documentation:
 
     def __init__(self, handler: JobHandler, *, secured: bool) -> None:
         self._handler, self.secured = handler, secured
-        self._answers = _answer_models(handler)
+        models: list[type[BaseModel]] = [*_answer_models(handler), ModelList, Model]
+        self._answers = list(dict.fromkeys(models))
         requests = dict.fromkeys([*handler.requests, *handler.routes.values()])
         answers: list[Any] = [(model, "serialization") for model in self._answers if model not in requests]
         self._refs, schemas = models_json_schema(
@@ -52,14 +54,14 @@ class Documentation:
 
     def operation(self, path: str, model: type[BaseModel] | None) -> dict[str, Any]:
         """The operation object of a route. model: of its body; None: the native route."""
-        native, get = model is None, model is not None and issubclass(model, ModelsRequest)
+        native, get = model is None, path.startswith(MODELS)
         models = self._handler.requests if model is None else (model,)
         error = _JOB_ERROR if native else {"$ref": "#/components/schemas/Error"}
         operation: dict[str, Any] = {
             "summary": f"{'GET' if get else 'POST'} {path}",
             "operationId": path.strip("/").replace("/", "_").replace("{", "").replace("}", ""),
             "responses": {
-                "200": {"description": "The answer", "content": self._answer_content(models, native)},
+                "200": {"description": "The answer", "content": self._answer_content(path, models)},
                 "default": {
                     "description": "4xx and 5xx: what was wrong, and what to change",
                     "content": {"application/json": {"schema": error}},
@@ -87,11 +89,13 @@ class Documentation:
         kinds = (kind for field in fields for kind in [field, *field.get("anyOf", [])])
         return any(kind.get("format") == "binary" for kind in kinds)
 
-    def _answer_content(self, models: Sequence[type[BaseModel]], native: bool) -> dict[str, Any]:
+    def _answer_content(self, path: str, models: Sequence[type[BaseModel]]) -> dict[str, Any]:
         stems = {model.__name__.removesuffix("Request") for model in models}
         matching = [a for a in self._answers if a.__name__.removesuffix("Response") in stems]
+        if path.startswith(MODELS):
+            matching = [Model if path.endswith("}") else ModelList]
         schema = _any_of([self._ref(answer) for answer in matching])
-        if native:
+        if path == NATIVE:
             envelope = {"id": {"type": "string"}, "status": {"const": "COMPLETED"}, "output": schema}
             times = {name: {"type": "integer"} for name in ("delayTime", "executionTime")}  # ms
             schema = {"type": "object", "properties": envelope | times}

@@ -62,14 +62,14 @@ class JobResponse(Response):
         with telemetry.record(self._route, "http") as record:
             self._record, self._receive, self._send = record, receive, send
             try:
-                with self._admission.place():
+                with self._admission.admit():
                     fields, form = await read_fields(self._request)
                     self._body_read = True
                     await self._run_while_connected(self._parse(fields, form))
             except ClientDisconnect:
                 record.status = CLIENT_CLOSED
-            except JobError as error:
-                await self._fail(error)
+            except Exception as error:
+                await self._fail(self._handler.explain(error)[0])
 
     def _parse(self, fields: dict[str, Any], form: bool) -> BaseModel:
         if self._model is None:
@@ -118,6 +118,8 @@ class JobResponse(Response):
         self._record.observe_answer(answer)
         if isinstance(answer, Media):
             data, media_type = answer.data, answer.media_type
+        elif isinstance(answer, str) and self._model is not None:  # a transcript, not a JSON string
+            data, media_type = answer.encode(), "text/plain; charset=utf-8"
         else:
             data, media_type = (await to_plain(answer))[1], "application/json"
         queued, took = self._record.values["queue"], time.perf_counter() - begin

@@ -7,6 +7,7 @@ while it loads and 200 when it is ready. SIGTERM drains: requests that run are a
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -78,11 +79,15 @@ def serve(
 
     configs = [
         uvicorn.Config(
-            closing_when_drained, settings.host, port, http=_protocol(), ws="none", lifespan="off", log_config=None,
-            access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S,
+            closing_when_drained, settings.host, port, http=_protocol(), ws="none", lifespan="off",
+            log_config=None, access_log=False, server_header=False, proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
         )
         for port in ports
     ]  # fmt: skip
+    server_log = logging.getLogger("uvicorn.error")  # its warnings, in the format of the worker's own
+    server_log.handlers, server_log.propagate = log.handlers, False
+    server_log.setLevel(logging.WARNING)
     servers = [_Server(config, admission) for config in configs]
     log.info(
         "HTTP on port %d. On RunPod: expose %s and set PORT=%d, PORT_HEALTH=%d, HEALTH_CHECK_PATH=%s",

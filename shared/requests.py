@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, WithJsonSchema
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, GetPydanticSchema, ValidationError, WithJsonSchema
+from pydantic_core import ErrorDetails, core_schema
 
 from shared.errors import JobError
 
@@ -19,7 +19,20 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
 
-MediaSource = Annotated[str | bytes, WithJsonSchema({"type": "string", "format": "binary"})]
+def _keep_bytes(value: Any, validate_text: Callable[[Any], Any]) -> Any:
+    return value if isinstance(value, bytes) else validate_text(value)
+
+
+# One schema, not a union of two: an error names the field, and not the members of a union.
+MediaSource = Annotated[
+    str | bytes,
+    GetPydanticSchema(
+        lambda _type, _handler: core_schema.no_info_wrap_validator_function(
+            _keep_bytes, core_schema.str_schema(), serialization=core_schema.to_string_ser_schema()
+        )
+    ),
+    WithJsonSchema({"type": "string", "format": "binary"}),
+]
 """A field for media: base64, a `data:` URI or a URL in JSON, a file in a form; see `decoding.load_bytes`."""
 
 

@@ -215,7 +215,7 @@ def serve(handler: JobHandler, prepare: Prepare, *, worker: str) -> None:
 
 
 def _serve_http(handler: JobHandler, prepare: Prepare, worker: str) -> None:
-    _end_at_sigterm()
+    _end_at_sigterm(os._exit)  # a thread that loads a model cannot be unwound
     loading: Future[WorkerSettings | StartError | None] = Future()
 
     def load_model() -> None:
@@ -240,11 +240,11 @@ def _serve_http(handler: JobHandler, prepare: Prepare, worker: str) -> None:
     http_server.serve(handler, loading, settings, worker=worker)
 
 
-def _end_at_sigterm() -> None:
-    """Exit at SIGTERM until the SDK handles it: a container's first process ignores an unhandled signal."""
+def _end_at_sigterm(leave: Callable[[int], object] = sys.exit) -> None:
+    """Exit at SIGTERM until a server handles it: a container's first process ignores an unhandled signal."""
     main = threading.current_thread() is threading.main_thread()
     if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        signal.signal(signal.SIGTERM, lambda *_: leave(128 + signal.SIGTERM))
 
 
 def _import_quietly(module: str) -> None:

@@ -121,7 +121,7 @@ class Prometheus:
             generate_latest,
         )
 
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry, self._generate = CollectorRegistry(), generate_latest
 
         def seconds(name: str, text: str) -> Histogram:

@@ -26,6 +26,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from serving.dynamic_batching import DynamicBatcher
+from shared import telemetry
 
 BUDGET = 100
 
@@ -522,3 +523,23 @@ async def test_two_loops_at_once_are_refused() -> None:
 def test_options_below_one_are_refused(option: str) -> None:
     with pytest.raises(ValueError, match=option):
         Engine().batcher(**{option: 0})
+
+
+async def test_a_job_is_charged_what_its_batches_cost() -> None:
+    def sleep(items: list[int]) -> list[int]:
+        time.sleep(0.05)
+        return items
+
+    batcher = DynamicBatcher(sleep, budget=4, length=lambda _: 1)
+
+    async def submit(count: int) -> dict[str, float]:
+        with telemetry.record("native", "queue") as record:
+            await batcher.submit([1] * count)
+        return record.values
+
+    first, second = await asyncio.gather(submit(4), submit(6))  # batches of 4, 4 and 2
+    assert first["batch_wait"] < second["batch_wait"]
+    assert 0.04 < first["model"] < second["model"]
+    assert second["batch_wait"] > 0.04
+    assert (first["batch_size"], second["batch_size"]) == (4, 4)
+    batcher.close()

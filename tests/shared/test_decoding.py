@@ -163,3 +163,13 @@ async def test_a_large_text_is_decoded_in_parts_that_do_not_block_the_event_loop
     assert best < 0.1
     with pytest.raises(JobError, match="padding"):
         decode_base64("A" * (2**20 - 2) + "==" + "QQ==", param="x")
+
+
+async def test_bytes_of_a_form_are_taken_as_they_are_within_the_limit() -> None:
+    data = b" http://not-a-url\x00\xff "
+    assert await load_bytes(data, param="file") == data
+    assert await load_bytes(data, param="file", max_bytes=len(data)) == data
+    for wrong, limit, code in ((data, len(data) - 1, "too_large"), (b"", 10, "empty")):
+        with pytest.raises(JobError) as refused:
+            await load_bytes(wrong, param="file", max_bytes=limit)
+        assert (refused.value.code, refused.value.param) == (code, "file")

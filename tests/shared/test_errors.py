@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from shared.errors import ENGINE_DIED, JobError, engine_died, invalid, not_finite
 
 
@@ -38,3 +40,21 @@ def test_errors_of_the_worker_are_server_errors() -> None:
     assert "inner workings" not in died.message
     assert (nan.type, nan.code) == ("server_error", "not_finite")
     assert nan.message.endswith("Try another DTYPE.")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (invalid("n", "too many."), 400),
+        (JobError("x", code="model_not_found"), 404),
+        (JobError("x", code="too_large"), 413),
+        (JobError("x", code="overloaded", type="server_error"), 429),
+        (JobError("x", code=422), 422),  # an inference server's own
+        (JobError("x", code=7), 400),
+        (JobError("x", code="anything", type="server_error"), 500),
+        (JobError("x", code="gated", type="unavailable"), 503),
+        (engine_died(RuntimeError()), 503),
+    ],
+)
+def test_the_status_follows_the_code_and_the_type(error: JobError, status: int) -> None:
+    assert error.status == status

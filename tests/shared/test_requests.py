@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, BeforeValidator, Field
 
 from shared.errors import JobError
-from shared.requests import Request, as_list, parse
+from shared.requests import MediaSource, Request, as_list, parse, validate
 
 
 class Part(Request):
@@ -131,3 +131,35 @@ def test_any_input_is_a_request_or_a_job_error(payload: Any) -> None:
         assert isinstance(read(payload), BaseModel)
     except JobError as error:
         json.loads(error.json().encode())
+
+
+class Upload(Request):
+    file: MediaSource
+    count: int = 1
+    more: list[MediaSource] | MediaSource | None = None
+
+
+@pytest.mark.parametrize("source", ["aGk=", "https://a.example/b.wav", b"\xff\x00"])
+def test_media_is_text_or_the_bytes_of_a_form(source: str | bytes) -> None:
+    request: Any = validate(Upload, {"file": source, "more": [source]})
+    assert (request.file, request.more) == (source, [source])
+    assert validate(Upload, {"file": source, "more": source}) == Upload(file=source, more=source)
+
+
+@pytest.mark.parametrize("strict", [None, False])
+def test_what_is_no_media_is_refused_by_the_name_of_its_field(strict: bool | None) -> None:
+    with pytest.raises(JobError) as refused:
+        validate(Upload, {"file": 3}, strict=strict)
+    assert refused.value.param == "file"
+    assert refused.value.message == "file: Input should be a valid string, got 3."
+
+
+def test_the_schema_of_media_is_a_string() -> None:
+    schema = Upload.model_json_schema()["properties"]["file"]
+    assert (schema["type"], schema["format"]) == ("string", "binary")
+
+
+def test_the_values_of_a_form_are_text() -> None:
+    assert validate(Upload, {"file": b"1", "count": "2"}, strict=False) == Upload(file=b"1", count=2)
+    with pytest.raises(JobError, match=r"count: .*, got a file of 9999 bytes\."):
+        validate(Upload, {"file": b"1", "count": b"x" * 9999}, strict=False)

@@ -8,7 +8,7 @@ import pytest
 from pydantic import Field, SecretStr
 
 from shared.errors import StartError
-from shared.settings import WorkerSettings, read_settings
+from shared.settings import HttpSettings, WorkerSettings, read_settings
 
 TOKEN = "hf_" + "x" * 30
 
@@ -85,3 +85,9 @@ def test_a_secret_is_in_no_repr_and_no_error(monkeypatch: pytest.MonkeyPatch) ->
 def test_clients_know_the_model_by_its_served_name() -> None:
     assert Settings().public_name == "some/model"
     assert Settings(served_model_name="mine").public_name == "mine"
+
+
+def test_origins_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_settings(HttpSettings).origins == []
+    monkeypatch.setenv("CORS_ORIGINS", " https://a.example ,https://b.example, ")
+    assert read_settings(HttpSettings).origins == ["https://a.example", "https://b.example"]

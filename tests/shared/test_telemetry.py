@@ -146,7 +146,7 @@ def test_metrics_of_a_worker_leave_out_its_own_requests() -> None:
         read = samples(httpx.get(f"{server.url}/metrics").text)
         assert read["worker_requests_total", "/runsync", "200"] == 1
         assert not [key for key in read if key[0] == "worker_requests_total" and "native" in key]
-        assert read["worker_model_seconds_sum", "/runsync"] >= 0.1
+        assert read["worker_model_seconds_sum", "/runsync"] > 0.09
         assert read["worker_load_seconds", "ready"] > 0
 
 
@@ -213,8 +213,8 @@ def test_spans_and_metrics_arrive_at_an_otlp_endpoint_by_the_end() -> None:
     assert "worker-toy" in receiver.resources
     well, failed = sorted(receiver.spans, key=lambda span: attributes(span)["status"])
     assert (well.name, attributes(well)["mode"]) == ("/runsync", "http")
-    assert attributes(well)["model"] >= 0.1
-    assert 0.1e9 <= well.end_time_unix_nano - well.start_time_unix_nano < 5e9
+    assert attributes(well)["model"] > 0.09
+    assert 0.09e9 < well.end_time_unix_nano - well.start_time_unix_nano < 5e9
     assert abs(well.start_time_unix_nano / 1e9 - time.time()) < 60
     assert (attributes(failed)["status"], failed.status.code) == (500, 2)
     points = receiver.metrics["worker.stage.duration"].histogram.data_points
@@ -254,7 +254,7 @@ def test_a_job_of_the_queue_is_logged_and_exported() -> None:
     logged = [json.loads(line.partition("| ")[2]) for line in server.log if '"event": "job"' in line]
     assert len(logged) == 1  # the worker's own request at its start is no job
     assert (logged[0]["route"], logged[0]["status"]) == ("native", 200)
-    assert 0.1 <= logged[0]["model"] <= logged[0]["total"]
+    assert 0.09 < logged[0]["model"] <= logged[0]["total"]
     assert [attributes(span)["mode"] for span in receiver.spans] == ["queue"]
 
 

@@ -18,18 +18,18 @@ def ready(running: int, waiting: int) -> Admission:
 
 
 async def hold(admission: Admission, release: asyncio.Event, order: list[int], number: int) -> None:
-    with admission.place():
+    with admission.admit():
         async with admission.slot():
             order.append(number)
             await release.wait()
 
 
-async def test_slots_are_given_in_order_and_places_beyond_them_are_refused() -> None:
+async def test_slots_are_given_in_order_and_requests_beyond_the_limits_are_refused() -> None:
     admission, release, order = ready(2, 3), asyncio.Event(), list[int]()
     tasks = [asyncio.create_task(hold(admission, release, order, number)) for number in range(5)]
     await until(lambda: admission.in_flight == 2)
     assert (admission.waiting, order) == (3, [0, 1])
-    with pytest.raises(JobError, match="2 requests run and 3 wait") as refused, admission.place():
+    with pytest.raises(JobError, match="2 requests run and 3 wait") as refused, admission.admit():
         pass
     assert refused.value.status == 429
     release.set()
@@ -38,11 +38,11 @@ async def test_slots_are_given_in_order_and_places_beyond_them_are_refused() -> 
     assert (admission.in_flight, admission.waiting) == (0, 0)
 
 
-async def test_a_request_that_arrives_holds_a_place_before_it_has_a_slot() -> None:
+async def test_a_request_is_admitted_before_it_has_a_slot() -> None:
     admission = ready(1, 0)
-    with admission.place():
+    with admission.admit():
         assert (admission.in_flight, admission.waiting) == (0, 1)
-        with pytest.raises(JobError), admission.place():
+        with pytest.raises(JobError), admission.admit():
             pass
         assert not admission.idle.is_set()
     assert admission.idle.is_set()

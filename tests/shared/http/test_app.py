@@ -104,7 +104,7 @@ async def test_models_are_listed_and_retrieved_by_names_with_slashes() -> None:
 async def test_models_are_listed_while_every_slot_is_taken() -> None:
     admission = Admission()
     admission.open(1, 0)
-    with admission.place():
+    with admission.admit():
         assert (await client(admission).get("/v1/models")).status_code == 200
         refused = await client(admission).post("/v1/chat/completions", json=CHAT)
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "2")
@@ -221,6 +221,7 @@ def test_the_openapi_document_describes_every_route_and_refers_to_nothing_missin
     }  # fmt: skip
     schemas = made["components"]["schemas"]
     assert {ref.removeprefix("#/components/schemas/") for ref in references(made)} <= schemas.keys()
+    assert "HTTPValidationError" not in schemas  # FastAPI's, which no answer is
     operations = [operation for path in made["paths"].values() for operation in path.values()]
     ids = [operation["operationId"] for operation in operations]
     assert len(ids) == len(set(ids))
@@ -233,6 +234,8 @@ def test_the_openapi_document_describes_every_route_and_refers_to_nothing_missin
         "$ref": "#/components/schemas/WorkResponse"
     }
     assert "text/event-stream" in answer
+    listed = made["paths"]["/v1/models"]["get"]["responses"]["200"]["content"]
+    assert listed["application/json"]["schema"] == {"$ref": "#/components/schemas/ModelList"}
     error = made["paths"]["/v1/chat/completions"]["post"]["responses"]["default"]
     assert error["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Error"}
     assert "security" not in work

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import tracemalloc
 from collections.abc import AsyncIterator
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import Request
+from hypothesis import given
+from hypothesis import strategies as st
 from starlette.types import Message
 
 from shared import http_body
@@ -176,8 +179,24 @@ async def test_a_wrong_field_of_a_form_is_named(data: dict[str, str], files: Any
 async def test_json_is_not_coerced() -> None:
     answer = await client().post(TRANSCRIBE, json={"file": "aGk=", "temperature": "0.5"})
     assert answer.json()["error"]["param"] == "temperature"
-    answer = await client().post(TRANSCRIBE, json={"file": "aGk=", "response_format": "text"})
-    assert (answer.text, answer.headers["content-type"]) == ("2 bytes", "text/plain; charset=utf-8")
+
+
+@pytest.mark.parametrize(
+    ("response_format", "text", "media_type"),
+    [
+        ("json", '{"text":"2 bytes","temperature":0.0}', "application/json"),
+        ("text", "2 bytes", "text/plain; charset=utf-8"),
+        ("wav", "hi", "audio/wav"),
+    ],
+)
+async def test_an_answer_has_its_own_content_type(response_format: str, text: str, media_type: str) -> None:
+    body = {"file": "aGk=", "response_format": response_format}
+    answer = await client().post(TRANSCRIBE, json=body)
+    assert (answer.text, answer.headers["content-type"]) == (text, media_type)
+    wrapped = {"input": {"openai_route": TRANSCRIBE, "openai_input": body}}
+    answer = await client().post("/runsync", json=wrapped)
+    if response_format == "text":
+        assert answer.json()["output"] == text
 
 
 async def test_a_streamed_upload_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,3 +206,30 @@ async def test_a_streamed_upload_is_taken(monkeypatch: pytest.MonkeyPatch) -> No
 
     answer: httpx.Response = await client().post("/runsync", content=body())
     assert answer.json()["output"]["text"] == "hi"
+
+
+KINDS = ["application/json", "multipart/form-data; boundary=b", "application/x-www-form-urlencoded",
+         "text/xml; charset=nonsense", 'multipart/form-data; boundary="', ""]  # fmt: skip
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = st.fixed_dictionaries(
+    {}, optional={name: VALUES for name in ("input", "messages", "file", "model", "temperature", "stream")}
+)
+BODIES = st.one_of(
+    st.binary(max_size=200),
+    FIELDS.map(json.dumps).map(str.encode),
+    st.binary(max_size=60).map(lambda data: form(("file", data))),
+    st.tuples(st.binary(max_size=20), st.binary(max_size=20)).map(lambda ends: ends[0].join([GOOD, ends[1]])),
+)
+
+
+HTTP = client()
+
+
+@given(st.sampled_from(["/runsync", TRANSCRIBE, "/v1/chat/completions"]), st.sampled_from(KINDS), BODIES)
+async def test_no_body_is_the_workers_fault(path: str, kind: str, body: bytes) -> None:
+    answer = await HTTP.post(path, content=body, headers={"content-type": kind})
+    assert answer.status_code < 500, answer.text

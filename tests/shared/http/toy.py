@@ -62,7 +62,7 @@ class TranscribeRequest(OpenAIRequest):
     file: MediaSource
     model: str | None = None
     temperature: float = 0.0
-    response_format: Literal["json", "text"] = "json"
+    response_format: Literal["json", "text", "wav"] = "json"
     stream: bool = False
 
 
@@ -108,14 +108,16 @@ def make_handler() -> JobHandler:
             "/v1/models": ModelsRequest,
         },
     )
-    async def handler(request: Any, job: Job) -> WorkResponse | ModelList | Media | dict[str, Any]:
+    async def handler(request: Any, job: Job) -> WorkResponse | ModelList | Media | str | dict[str, Any]:
         match request:
             case ModelsRequest():
                 return model_list("toy", "org/toy")
             case TranscribeRequest():
                 data = await load_bytes(request.file, param="file")
                 if request.response_format == "text":
-                    return Media(f"{len(data)} bytes".encode(), "text/plain; charset=utf-8")
+                    return f"{len(data)} bytes"
+                if request.response_format == "wav":
+                    return Media(data, "audio/wav")
                 return {"text": f"{len(data)} bytes", "temperature": request.temperature}
             case ChatRequest():
                 check_model(request.model, "toy")
