@@ -31,13 +31,13 @@ def test_floats_are_printed_in_their_shortest_form() -> None:
         assert float(text) == float(str(value)), "numpy's own shortest form"
 
 
-def test_base64_holds_the_same_float32_and_is_smaller() -> None:
+async def test_base64_holds_the_same_float32_and_is_smaller() -> None:
     numbers, coded = encode_vectors(ROWS, "float"), encode_vectors(ROWS, "base64")
     assert np.array_equal(np.array(numbers, np.float32), ROWS)
     assert all(
         base64.b64decode(text) == row.astype("<f4").tobytes() for text, row in zip(coded, ROWS, strict=True)
     )
-    sizes = [len(to_plain(response(vectors))[1]) for vectors in (numbers, coded)]
+    sizes = [len((await to_plain(response(vectors)))[1]) for vectors in (numbers, coded)]
     assert sizes[0] / sizes[1] > 2.2
 
 
