@@ -21,6 +21,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from shared import settings
 from tools.bake import table as bake_table
 from tools.workers import ROOT, load_module, worker_names
 
@@ -153,7 +154,11 @@ def render(text: str, module: ModuleType | None, root: Path = ROOT) -> str:
             return opening + workers_table(root) + closing
         assert module is not None, f"{opening.strip()} belongs into the README of a worker"
         if what == "settings":
-            return opening + model_table(find_model(module, "Settings"), "Variable", upper=True) + closing
+            return (
+                opening
+                + model_table(find_model(module, name or "Settings"), "Variable", upper=True)
+                + closing
+            )
         return opening + model_table(find_model(module, name), "Field") + closing
 
     return MARKED.sub(table, text)
@@ -161,7 +166,7 @@ def render(text: str, module: ModuleType | None, root: Path = ROOT) -> str:
 
 def stale(root: Path = ROOT, *, write: bool = False) -> list[str]:
     """The READMEs whose tables are not what the code says; with `write`, they are written."""
-    pages: list[tuple[Path, ModuleType | None]] = [(root / "README.md", None)]
+    pages: list[tuple[Path, ModuleType | None]] = [(root / "README.md", None), (root / "HTTP.md", settings)]
     for name in worker_names(root):
         if (page := root / "workers" / name / "README.md").exists():
             pages.append((page, load_module(name, "schemas")))
