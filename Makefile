@@ -30,9 +30,9 @@ WORKERS := $(sort $(foreach file,$(filter-out %/__pycache__,$(wildcard workers/*
 run: $(MADE) ## The embeddings worker with a real model, on this machine, from cold start to answers
 	@$(PY) -m tools.demo
 $(WORKERS:%=run-%): run-%: $(MADE) ## Start a worker here, send it real requests, print the answers
-	@$(PY) -m tools.start run $* $(ARGS)
+	@$(PY) -m tools.start run $* $(if $(MODE),--mode $(MODE)) $(ARGS)
 $(WORKERS:%=serve-%): serve-%: $(MADE) ## The same, left running: a RunPod endpoint on loopback
-	@$(PY) -m tools.start serve $* $(ARGS)
+	@$(PY) -m tools.start serve $* $(if $(MODE),--mode $(MODE)) $(ARGS)
 
 ##@ Develop
 setup: $(MADE) ## Make the environment in .venv; every target that needs it does so by itself
@@ -111,6 +111,7 @@ help: ## This list
 	  REVISION 'the commit that the images name (the one checked out)' \
 	  SOURCE_DATE_EPOCH 'the time of every file in a layer, a constant' \
 	  NETWORK 'host: builds use the network of this machine' \
+	  MODE 'http: make run-<worker> and serve-<worker> make a load-balancing endpoint (queue)' \
 	  IMAGE '1: make run-<worker> and serve-<worker> run the image, not the file' \
 	  IMAGES 'the workers whose images make test-images tests (all)' \
 	  BUILT '1: make test-images takes the images as they are, where they are built'

@@ -1,4 +1,4 @@
-"""RunPod on your machine: the queue, the public API and the worker processes, for development and tests.
+"""RunPod on your machine, for development and tests: queue, load balancer, public API, worker processes.
 
 with running("sentence-transformers") as platform:
     requests.post(platform.endpoint_url + "/runsync", json={"input": {...}}, headers={"Authorization": "x"})

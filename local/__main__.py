@@ -1,5 +1,6 @@
 """`python -m local serve <worker>`: an endpoint on this machine until Ctrl-C. `python -m local run <worker>`:
-the worker's test_input.json through /runsync, once. With --image its image runs, not its handler's file.
+the worker's test_input.json through /runsync, once. With --image its image runs, not its handler's file; with
+--mode http the endpoint is a load balancer.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _KEY = {"Authorization": "Bearer local"}
 def serve(arguments: argparse.Namespace, handler: Path) -> int:
     """Run an endpoint until it is interrupted."""
     with _start(arguments, handler) as platform:
-        print(_guide(platform, handler), flush=True)
+        print(_guide(platform, handler, arguments.mode), flush=True)
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
@@ -67,15 +68,21 @@ def _start(
         env=dict(arguments.env),
         rules=rules,
         port=arguments.port,
+        mode=arguments.mode,
         ready_timeout=_READY_TIMEOUT,
         echo=arguments.verbose,
     )
 
 
-def _guide(platform: Platform, handler: Path) -> str:
+def _guide(platform: Platform, handler: Path, mode: str) -> str:
     """The addresses, and examples that work when they are pasted."""
+    paths = (
+        "runsync, ping, health, metrics, docs"
+        if mode == "http"
+        else "run, runsync, status, stream, cancel, health"
+    )
     lines = [
-        f"RunPod's API      {platform.endpoint_url}   (run, runsync, status, stream, cancel, health)",
+        f"RunPod's API      {platform.endpoint_url}   ({paths})",
         f"OpenAI's API      {platform.openai_url}",
     ]
     if _test_input(handler).is_file():
@@ -86,7 +93,9 @@ def _guide(platform: Platform, handler: Path) -> str:
             f"curl -s {platform.endpoint_url}/runsync -H 'Authorization: Bearer local' \\",
             f"  -H 'Content-Type: application/json' -d {data}",
         ]
-    example = openai_example(openai_routes(handler), url=platform.openai_url, test_input=_test_input(handler))
+    example = openai_example(
+        openai_routes(handler), url=platform.openai_url, test_input=_test_input(handler), mode=mode
+    )
     if example:
         lines += ["\nWith OpenAI's client, in Python:\n", example]
     return "\n".join([*lines, "\nCtrl-C stops it."])
@@ -146,6 +155,12 @@ def main(argv: list[str] | None = None) -> int:
             action="append",
             default=[],
             help="a variable for the worker; without a value, the one of this environment",
+        )
+        sub.add_argument(
+            "--mode",
+            choices=["queue", "http"],
+            default="queue",
+            help="the endpoint type; http: load balancer",
         )
         sub.add_argument("--image", help="run this image, not the handler's file; needs Docker")
         sub.add_argument(

@@ -40,6 +40,20 @@ _EXAMPLES = {
 }
 
 
+_HTTP_EXAMPLES = _EXAMPLES | {
+    "/v1/audio/transcriptions": """
+        import base64, json
+        audio = base64.b64decode(json.load(open("{test_input}"))["input"]["audio"])
+        print(client.audio.transcriptions.create(model=model, file=("speech.flac", audio)).text)
+        """,
+    "/v1/audio/speech": """
+        speech = client.audio.speech.with_streaming_response
+        with speech.create(model=model, voice="nova", input="Good morning.") as reply:
+            reply.stream_to_file("speech.mp3")
+        """,
+}
+
+
 def openai_routes(handler: Path) -> list[str]:
     """The OpenAI routes of a worker under workers/; none for a handler elsewhere, which is not imported."""
     root = Path(__file__).resolve().parents[1]
@@ -49,13 +63,15 @@ def openai_routes(handler: Path) -> list[str]:
     return list(module.handler.routes)
 
 
-def openai_example(routes: Collection[str], *, url: str, test_input: Path) -> str | None:
+def openai_example(routes: Collection[str], *, url: str, test_input: Path, mode: str = "queue") -> str | None:
     """A program that calls one of `routes` with OpenAI's client; None without a route of OpenAI's.
 
-    url: the client's `base_url`. test_input: the worker's test_input.json, which has the audio.
+    url: the client's `base_url`. test_input: the worker's test_input.json, which has the audio. mode: the
+    endpoint's type, queue or http.
     """
-    route = next((route for route in _EXAMPLES if route in routes), None)
+    examples = _HTTP_EXAMPLES if mode == "http" else _EXAMPLES
+    route = next((route for route in examples if route in routes), None)
     if route is None:
         return None
-    text = _CLIENT + textwrap.dedent(_EXAMPLES[route]).lstrip()
+    text = _CLIENT + textwrap.dedent(examples[route]).lstrip()
     return text.format(url=url, test_input=test_input).strip()

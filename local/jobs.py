@@ -54,6 +54,12 @@ class Rules:
     """Pause before the first of these, doubled for each further one."""
     grace: float = 30.0
     """From SIGTERM to SIGKILL."""
+    worker_wait: float = 120.0
+    """Load balancer: how long a request waits for a worker that is ready."""
+    request_timeout: float = 330.0
+    """Load balancer: the longest request."""
+    http_bytes: int = 30 * MIB
+    """Load balancer: the largest body of a request and of an answer."""
 
     def __post_init__(self) -> None:
         if self.ping_interval < 1 or self.ping_interval % 1:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from aiohttp import ClientSession, web
 
@@ -44,15 +44,20 @@ class Platform:
         require_key: bool = True,
         echo: bool = False,
     ) -> None:
-        self.endpoint_id = endpoint_id
+        self.endpoint_id, self._require_key = endpoint_id, require_key
         self.rules = rules or Rules()
         self._port = port
         self._queue = Queue(self.rules, on_end=self._ended)
         self._fleet = Fleet(self._queue, self.rules, endpoint_id=endpoint_id, echo=echo)
-        app = make_app(self._queue, self._fleet, endpoint_id=endpoint_id, require_key=require_key)
         # A worker or a client that hangs up must be noticed while its request waits.
-        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1)
+        self._runner = web.AppRunner(
+            self.make_app(), access_log=None, handler_cancellation=True, shutdown_timeout=1
+        )
         self._tasks: set[asyncio.Task[None]] = set()
+
+    def make_app(self) -> web.Application:
+        """What listens: the queue's API for workers, and the public one for clients."""
+        return make_app(self._queue, self._fleet, endpoint_id=self.endpoint_id, require_key=self._require_key)
 
     @property
     def base_url(self) -> str:
@@ -81,7 +86,7 @@ class Platform:
         self._loop = self._fleet.loop = asyncio.get_running_loop()
         self._fleet.url = self.endpoint_url
         self._session = ClientSession()
-        self._spawn(self._tick())
+        self._spawn(self.tick())
 
     async def stop(self) -> None:
         """End the workers, SIGTERM first and SIGKILL after `rules.grace`, then the server."""
@@ -104,7 +109,7 @@ class Platform:
         return await self._fleet.add(command, cwd, env or {})
 
     async def wait_ready(self, timeout: float, count: int = 1) -> None:  # noqa: ASYNC109 (adds the logs)
-        """Wait until `count` workers have asked for a job.
+        """Wait until `count` workers are ready: they have asked for a job, or answered /ping with 200.
 
         Raises WorkerFailed as soon as one has died before that, TimeoutError after `timeout` seconds.
         """
@@ -124,7 +129,8 @@ class Platform:
             future.cancel()
             raise
 
-    async def _tick(self) -> None:
+    async def tick(self) -> None:
+        """What happens by itself: pings are checked, and jobs expire."""
         while True:
             await asyncio.sleep(_TICK)
             self._fleet.check_pings()
@@ -161,6 +167,7 @@ def running(
     env: Mapping[str, str] | None = None,
     rules: Rules | None = None,
     port: int = 0,
+    mode: Literal["queue", "http"] = "queue",
     python: str = sys.executable,
     container: Container | None = None,
     ready_timeout: float = 240,
@@ -170,7 +177,7 @@ def running(
 
     worker: the name of a folder under workers/, or the path of a handler's .py file.
     env: on top of this process's environment and of what RunPod sets.
-    python: the interpreter that runs the handler.
+    mode: the endpoint type; http is a load balancer. python: the interpreter that runs the handler.
     container: an image that is run in the handler's place.
     ready_timeout: seconds.
     Raises FileNotFoundError, WorkerFailed, TimeoutError, OSError (port taken).
@@ -182,7 +189,10 @@ def running(
         command, cwd = [python, "-u", "-m", f"workers.{handler.parent.name}.handler"], ROOT
     else:
         command, cwd = [python, "-u", handler.name], handler.parent
-    platform = Platform(port=port, rules=rules, echo=echo)
+    from local.load_balancer import LoadBalancer  # which is a Platform
+
+    kind = LoadBalancer if mode == "http" else Platform
+    platform = kind(port=port, rules=rules, echo=echo)
 
     async def add_workers() -> None:
         for _ in range(workers):
