@@ -3,6 +3,7 @@
     server = EngineServer("vllm", lambda port: ["vllm", "serve", path, "--port", str(port)],
                           in_flight=lambda: handler.in_flight)
     server.start()  # returns when its health route answers; StartError has the cause if it cannot
+    server.prove(prewarm)  # returns when the worker's own first requests are answered
     answer = await server.request("POST", "/v1/completions", body)
     async for events in relay(server.stream("/v1/completions", body)):
         yield events
@@ -14,6 +15,7 @@ request.
 Every exit of the child is a crash, whatever its status. Jobs in flight get an error with the code
 `engine_died`, upon which the worker asks to be replaced, and the worker exits with status 1 as soon as their
 results are posted: an idle one at once. An engine whose health route is silent for `hang_timeout` is killed.
+One that dies before `prove` has returned is started once more, and then given up.
 
 The child leads a session of its own, so that a SIGTERM to the worker's group does not end it before the SDK
 has drained. The child ends with the worker's process: at exit, or by the reaper if the worker was killed.
@@ -37,7 +39,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from serving.engine_server import reaper
 from serving.engine_server.client import EngineClient
-from serving.engine_server.log_causes import classify_log
+from serving.engine_server.log_causes import classify_log, first_error
 from shared.errors import ENGINE_DIED, JobError, StartError
 from shared.logs import log, redact
 
@@ -95,6 +97,8 @@ class EngineServer(EngineClient):
         self._exited = threading.Event()  # the child has exited
         self._stopping = False
         self._death: str | None = None
+        self._proven = False  # from now on a death ends the worker
+        self._proving = threading.Lock()
 
     @property
     def pid(self) -> int | None:
@@ -114,7 +118,7 @@ class EngineServer(EngineClient):
     # ---- start ----
 
     def start(self) -> None:
-        """Start the child and wait until its health route answers. To be called from the main thread.
+        """Start the child and wait until its health route answers.
 
         Raises StartError where there is no such program or the last lines of its log have a permanent cause,
         else EngineFailed.
@@ -130,8 +134,45 @@ class EngineServer(EngineClient):
                     self._preferred_port = None
                     continue
                 raise
-            threading.Thread(target=self._watch, name=f"{self.name}-watch", daemon=True).start()
+            self._watcher = threading.Thread(target=self._watch, name=f"{self.name}-watch", daemon=True)
+            self._watcher.start()
             return
+
+    def prove(self, requests: Callable[[], None]) -> None:
+        """Run `requests`, the worker's own first ones. An engine that dies of them is started once more.
+
+        Raises StartError where it dies again: the next worker's would too, and a crash loop bills. An error
+        of `requests` that leaves the engine alive is raised.
+        """
+        cause = self._death_of(requests)
+        if cause is None:
+            return
+        log.warning("%s Starting it once more.", cause.message)
+        self.stop()
+        self._watcher.join()
+        try:
+            self.start()
+        except EngineFailed as error:
+            raise _failed(str(error)) from None
+        if again := self._death_of(requests):
+            raise again
+
+    def _death_of(self, requests: Callable[[], None]) -> StartError | None:
+        """The cause of the engine's death during `requests`; None where it lives, and is proven."""
+        try:
+            requests()
+        except Exception:
+            if self.get(self.health)[0] == 200:
+                raise
+            self._exited.wait(POST_S)  # a vLLM whose core has died exits a second later
+        else:
+            with self._proving:
+                self._proven = self._death is None and not self._exited.is_set()
+            if self._proven:
+                return None
+        self._output_reader.join(timeout=5)
+        line = first_error(self._lines) or self._death or "it did not say why"
+        return classify_log(self._lines) or _failed(f"{self.name} died of its first requests: {line}")
 
     def _launch(self) -> None:
         port = self._choose_port()
@@ -196,7 +237,10 @@ class EngineServer(EngineClient):
     # ---- watch ----
 
     def _watch(self) -> None:
-        """Wait until the engine dies, then for its jobs, and end the worker. Returns if `stop` ended it."""
+        """Wait until the engine dies, then for its jobs, and end the worker.
+
+        Returns if `stop` ended the engine, or if it was not proven.
+        """
         exited, last_healthy = self._exited, time.monotonic()
         interval = min(5.0, self.hang_timeout / 4)
         while not exited.wait(interval):
@@ -208,8 +252,10 @@ class EngineServer(EngineClient):
         else:
             assert self._process is not None
             self._declare_dead(f"it ended with status {self._process.returncode}")
-        if self._stopping:
-            return
+        with self._proving:
+            if self._stopping or not self._proven:
+                return
+        log.error("The worker ends, and RunPod replaces it.")
         deadline = time.monotonic() + POST_S
         while self._in_flight() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -220,7 +266,7 @@ class EngineServer(EngineClient):
         if self._stopping:
             return
         self._death = reason
-        log.error("%s died: %s. The worker ends, and RunPod replaces it.", self.name, reason)
+        log.error("%s died: %s.", self.name, reason)
         assert self._process is not None
         reaper.end(self._process.pid, 0)
 
@@ -286,6 +332,11 @@ class EngineServer(EngineClient):
         self._lines.append(text)
         level = _LEVEL.search(text[:80])
         (log.warning if level else log.info)("%s: %s", self.name, text)
+
+
+def _failed(cause: str) -> StartError:
+    message = f"{cause.rstrip('.')}. Use another model or GPU, or change the engine's settings."
+    return StartError(message, code="engine_failed")
 
 
 def _wait(process: subprocess.Popen[bytes], exited: threading.Event) -> None:

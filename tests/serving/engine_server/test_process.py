@@ -231,6 +231,7 @@ from serving.engine_server.process import EngineServer
 engine = [sys.executable, "-u", sys.argv[1]]
 server = EngineServer("engine", lambda port: [*engine, str(port), "--child"], grace=20)
 server.start()
+server.prove(lambda: None)
 print("pid", server.pid, flush=True)
 if sys.argv[2] == "exit":
     sys.exit(0)

@@ -248,6 +248,7 @@ def test_variables_without_effect_are_named_with_the_right_one() -> None:
         "MAX_MODEL_LENGTH": "9",
         "VLLM_LOGING_LEVEL": "INFO",
         "TASK": "embed",
+        "ENABLE_REASONING": "true",
         "VLLM_USE_V1": "1",
         "SWAP_SPACE": "4",
         "CUDA_GRAPH_SIZES": "64",
@@ -261,6 +262,7 @@ def test_variables_without_effect_are_named_with_the_right_one() -> None:
     assert lines == [
         "CUDA_GRAPH_SIZES has no effect any more. Instead: CUDAGRAPH_CAPTURE_SIZES or "
         "MAX_CUDAGRAPH_CAPTURE_SIZE.",
+        "ENABLE_REASONING has no effect any more. Instead: REASONING_PARSER, which enables it.",
         "GPU_MEMORY_UTILISATION is not a setting. Did you mean GPU_MEMORY_UTILIZATION?",
         "MAX_MODEL_LENGTH is not a setting. Did you mean MAX_MODEL_LEN?",
         "MAX_SEQ_LEN_TO_CAPTURE has no effect any more. Instead: nothing: graphs no longer depend on the "
