@@ -91,8 +91,8 @@ class EngineClient:
         """The server-sent events that answer a POST: each time all complete events that have arrived.
 
         in_posts: for a queue endpoint, by way of `serving.streaming.relay`; see `read_parts`. Closed early,
-        it closes the connection, upon which the engine drops the request. What was not taken from a connection
-        that breaks is lost.
+        this closes the connection, upon which the engine drops the request. What was not taken from a
+        connection that breaks is lost.
 
         An event that holds an error is raised as one, after those before it: engines send them under HTTP
         status 200. An answer without one of _STREAM_END is a lost connection, even if HTTP ended in order.
