@@ -97,7 +97,7 @@ def supervised() -> Iterator[Client]:
 
 def test_a_port_in_use_and_the_concurrency(supervised: Client) -> None:
     log = supervised.log()
-    assert re.search(r"vllm: port \d+ is in use, taking another one", log)
+    assert re.search(r"port \d+ is in use, taking another one", log)
     assert "concurrency=14" in log
     answer = supervised.wait(supervised.run(prompt="hello"))
     assert answer["status"] == "COMPLETED", answer
