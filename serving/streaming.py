@@ -30,7 +30,7 @@ _EVENT = re.compile(r".*?\n\n|.+", re.DOTALL)  # an event, or the end of a text 
 T = TypeVar("T")
 
 
-async def relay(source: AsyncIterator[str], *, max_bytes: int = STREAM_LIMIT) -> AsyncIterator[str]:
+async def relay(source: AsyncIterator[str], *, max_bytes: int = STREAM_LIMIT) -> AsyncGenerator[str]:
     """Yield what `source` yields, for a source that buffers by itself.
 
     Nothing runs while a chunk is posted, so many streams cost little. A text that takes more than `max_bytes`

@@ -95,10 +95,11 @@ def why_incomplete(folder: Path, extra: Sequence[str] = ()) -> str | None:
         missing = (path for path in choose_files(sizes, extra) if not has_size(folder / path, sizes[path]))
         return next((f"{path} is missing or cut short" for path in missing), None)
     files = choose_files(files_below(folder), extra)
-    if not {"config.json", "modules.json", "model_index.json", "adapter_config.json"}.intersection(files):
-        return "config.json is missing"
-    if not has_weights(files, extra):
-        return "weights are missing"
+    configs = {"config.json", "modules.json", "model_index.json", "adapter_config.json"}
+    if configs.isdisjoint(files) or not has_weights(files, extra):
+        if any(folder.glob("*.gguf")):
+            return "GGUF files are for llama.cpp; use the model's safetensors files and its config.json"
+        return "config.json is missing" if configs.isdisjoint(files) else "weights are missing"
     try:
         required = _required_files(folder, files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

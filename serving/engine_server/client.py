@@ -58,6 +58,10 @@ class EngineClient:
         except (OSError, ValueError, http.client.HTTPException):
             return 0, ""
 
+    async def metrics(self) -> bytes:
+        """The server's metrics in Prometheus' text format; nothing where it does not answer."""
+        return (await asyncio.to_thread(self.get, "/metrics"))[1].encode()
+
     async def request(
         self, method: str, path: str, body: Any = None, *, headers: Mapping[str, str] | None = None
     ) -> Any:
@@ -82,19 +86,21 @@ class EngineClient:
             return answer, response.headers
 
     async def stream(
-        self, path: str, body: Any, *, headers: Mapping[str, str] | None = None
+        self, path: str, body: Any, *, headers: Mapping[str, str] | None = None, in_posts: bool = True
     ) -> AsyncGenerator[str]:
         """The server-sent events that answer a POST: each time all complete events that have arrived.
 
-        For `serving.streaming.relay`. Closed early, it closes the connection, upon which the engine drops the
-        request. What was not taken from a connection that breaks is lost.
+        in_posts: for a queue endpoint, by way of `serving.streaming.relay`; see `read_parts`. Closed early,
+        this closes the connection, upon which the engine drops the request. What was not taken from a
+        connection that breaks is lost.
 
         An event that holds an error is raised as one, after those before it: engines send them under HTTP
         status 200. An answer without one of _STREAM_END is a lost connection, even if HTTP ended in order.
         """
         ended = False
         async with self._send("POST", path, body, headers) as response:
-            async with aclosing(sse_events(read_parts(response.content))) as parts:
+            content = response.content
+            async with aclosing(sse_events(read_parts(content) if in_posts else content.iter_any())) as parts:
                 async for events in parts:
                     if error := _ERROR_EVENT.search(events):
                         if before := events[: error.start()]:

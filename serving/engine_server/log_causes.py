@@ -62,12 +62,27 @@ _CAUSES = (
 _LOG_PREFIX = re.compile(r"^(\(.*?\) )?((ERROR|WARNING|INFO)\b[\s\d:.-]*(\[.*?\] )?)?")
 
 
+_OBJECT = re.compile(r"<[^<>]* at 0x[0-9a-f]+> ?")  # argparse names a function by its address
+# An exception's last line; not vLLM's EngineDeadError, which follows from another one.
+_EXCEPTION = re.compile(r"^(?!.*EngineDeadError)[\w.]*(Error|Exception): \S")
+
+
 def classify_log(lines: Iterable[str]) -> StartError | None:
     """The permanent cause in an engine's last log lines; None when a new attempt may succeed."""
-    # pydantic appends the whole input to its own lines
-    texts = [_LOG_PREFIX.sub("", line).partition(" [type=")[0].strip() for line in lines]
+    texts = [_clean(line) for line in lines]
     for pattern, code, advice in _CAUSES:
         for text in reversed(texts):
             if re.search(pattern, text):
-                return StartError(f"{redact(text)[:400].rstrip('.')}. {advice}", code=code)
+                return StartError(f"{text[:400].rstrip('.')}. {advice}", code=code)
     return None
+
+
+def first_error(lines: Iterable[str]) -> str | None:
+    """The first exception in an engine's last log lines: those after it are its consequences."""
+    return next((text[:400] for text in map(_clean, lines) if _EXCEPTION.search(text)), None)
+
+
+def _clean(line: str) -> str:
+    # pydantic appends the whole input to its own lines
+    text = _LOG_PREFIX.sub("", line).partition(" [type=")[0].strip()
+    return redact(_OBJECT.sub("", text))

@@ -3,6 +3,7 @@
     server = EngineServer("vllm", lambda port: ["vllm", "serve", path, "--port", str(port)],
                           in_flight=lambda: handler.in_flight)
     server.start()  # returns when its health route answers; StartError has the cause if it cannot
+    server.prove(prewarm)  # returns when the worker's own first requests are answered
     answer = await server.request("POST", "/v1/completions", body)
     async for events in relay(server.stream("/v1/completions", body)):
         yield events
@@ -14,6 +15,7 @@ request.
 Every exit of the child is a crash, whatever its status. Jobs in flight get an error with the code
 `engine_died`, upon which the worker asks to be replaced, and the worker exits with status 1 as soon as their
 results are posted: an idle one at once. An engine whose health route is silent for `hang_timeout` is killed.
+One that dies before `prove` has returned is started once more, and then given up.
 
 The child leads a session of its own, so that a SIGTERM to the worker's group does not end it before the SDK
 has drained. The child ends with the worker's process: at exit, or by the reaper if the worker was killed.
@@ -32,21 +34,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from serving.engine_server import reaper
 from serving.engine_server.client import EngineClient
-from serving.engine_server.log_causes import classify_log
+from serving.engine_server.log_causes import classify_log, first_error
+from serving.engine_server.output import Output
 from shared.errors import ENGINE_DIED, JobError, StartError
-from shared.logs import log, redact
+from shared.logs import log
 
 START_TRIES = 3  # another process may take the port before the child binds it
-LAST_LINES = 200
-LINE_LENGTH = 4000  # RunPod's log truncates longer lines
 POST_S = 15.0  # what the SDK may take to post the errors of the jobs in flight
 _PORT_TAKEN = re.compile(r"address already in use|errno: ?98|errno 98|EADDRINUSE", re.IGNORECASE)
-_LEVEL = re.compile(r"\b(WARNING|WARN|ERROR|CRITICAL)\b")
 _NOT_FOR_ENGINE = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RUNPOD_AI_API_KEY")
 
 
@@ -91,10 +90,12 @@ class EngineServer(EngineClient):
         self._in_flight, self._on_death = in_flight, on_death or _exit
         self._process: subprocess.Popen[bytes] | None = None
         self._reaper: subprocess.Popen[bytes] | None = None
-        self._lines: deque[str] = deque(maxlen=LAST_LINES)
+        self._output: Output | None = None
         self._exited = threading.Event()  # the child has exited
         self._stopping = False
         self._death: str | None = None
+        self._proven = False  # from now on a death ends the worker
+        self._proving = threading.Lock()
 
     @property
     def pid(self) -> int | None:
@@ -104,7 +105,7 @@ class EngineServer(EngineClient):
     @property
     def last_lines(self) -> list[str]:
         """The last lines that the child has written, without secrets."""
-        return list(self._lines)
+        return list(self._output.last_lines) if self._output else []
 
     @property
     def death(self) -> str | None:
@@ -114,7 +115,7 @@ class EngineServer(EngineClient):
     # ---- start ----
 
     def start(self) -> None:
-        """Start the child and wait until its health route answers. To be called from the main thread.
+        """Start the child and wait until its health route answers.
 
         Raises StartError where there is no such program or the last lines of its log have a permanent cause,
         else EngineFailed.
@@ -125,16 +126,53 @@ class EngineServer(EngineClient):
                 self._wait_ready()
             except BaseException:
                 self.stop()
-                if tries_left and any(_PORT_TAKEN.search(line) for line in self._lines):
+                if tries_left and any(map(_PORT_TAKEN.search, self.last_lines)):
                     log.warning("%s: port taken, trying another one", self.name)
                     self._preferred_port = None
                     continue
                 raise
-            threading.Thread(target=self._watch, name=f"{self.name}-watch", daemon=True).start()
+            self._watcher = threading.Thread(target=self._watch, name=f"{self.name}-watch", daemon=True)
+            self._watcher.start()
             return
 
+    def prove(self, requests: Callable[[], None]) -> None:
+        """Run `requests`, the worker's own first ones. An engine that dies of them is started once more.
+
+        Raises StartError where it dies again: the next worker's would too, and a crash loop bills. An error
+        of `requests` that leaves the engine alive is raised.
+        """
+        cause = self._death_of(requests)
+        if cause is None:
+            return
+        log.warning("%s Starting it once more.", cause.message)
+        self.stop()
+        self._watcher.join()
+        try:
+            self.start()
+        except EngineFailed as error:
+            raise _failed(str(error)) from None
+        if again := self._death_of(requests):
+            raise again
+
+    def _death_of(self, requests: Callable[[], None]) -> StartError | None:
+        """The cause of the engine's death during `requests`; None where it lives, and is proven."""
+        try:
+            requests()
+        except Exception:
+            if self.get(self.health)[0] == 200:
+                raise
+            self._exited.wait(POST_S)  # a vLLM whose core has died exits a second later
+        else:
+            with self._proving:
+                self._proven = self._death is None and not self._exited.is_set()
+            if self._proven:
+                return None
+        lines = self._all_lines()
+        line = first_error(lines) or self._death or "it did not say why"
+        return classify_log(lines) or _failed(f"{self.name} died of its first requests: {line}")
+
     def _launch(self) -> None:
-        port = self._choose_port()
+        port = _choose_port(self._preferred_port)
         self.url = f"http://127.0.0.1:{port}"
         env = {key: value for key, value in os.environ.items() if key not in _NOT_FOR_ENGINE}
         for key, value in self.env.items():
@@ -143,7 +181,6 @@ class EngineServer(EngineClient):
                 env[key] = value
         argv = list(self.command(port))
         log.info("%s: %s", self.name, shlex.join(argv))
-        self._lines.clear()
         self._exited, self._stopping, self._death = threading.Event(), False, None
         try:
             process = self._process = subprocess.Popen(
@@ -161,20 +198,8 @@ class EngineServer(EngineClient):
             start_new_session=True,
         )
         atexit.register(self.stop)
-        self._output_reader = threading.Thread(target=self._read_output, args=(process,), daemon=True)
-        self._output_reader.start()
+        self._output = Output(self.name, process)
         threading.Thread(target=_wait, args=(process, self._exited), daemon=True).start()
-
-    def _choose_port(self) -> int:
-        """The preferred port if no other process listens on it, else a free one."""
-        if self._preferred_port is not None:
-            if _is_free(self._preferred_port):
-                return self._preferred_port
-            log.warning("%s: port %d is in use, taking another one", self.name, self._preferred_port)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-            return port
 
     def _wait_ready(self) -> None:
         started = last_logged = time.monotonic()
@@ -187,16 +212,24 @@ class EngineServer(EngineClient):
             if now - last_logged > 30:
                 last_logged = now
                 log.info("%s: starting for %.0f s", self.name, now - started)
-        self._output_reader.join(timeout=5)
-        if cause := classify_log(self._lines):
+        if cause := classify_log(self._all_lines()):
             raise cause
         status = self._process.returncode if self._process else None
         raise EngineFailed(f"{self.name} ended with status {status} before it was ready.")
 
+    def _all_lines(self) -> list[str]:
+        """The last lines of a child that has ended."""
+        assert self._output is not None
+        self._output.wait_for_end()
+        return self.last_lines
+
     # ---- watch ----
 
     def _watch(self) -> None:
-        """Wait until the engine dies, then for its jobs, and end the worker. Returns if `stop` ended it."""
+        """Wait until the engine dies, then for its jobs, and end the worker.
+
+        Returns if `stop` ended the engine, or if it was not proven.
+        """
         exited, last_healthy = self._exited, time.monotonic()
         interval = min(5.0, self.hang_timeout / 4)
         while not exited.wait(interval):
@@ -208,8 +241,10 @@ class EngineServer(EngineClient):
         else:
             assert self._process is not None
             self._declare_dead(f"it ended with status {self._process.returncode}")
-        if self._stopping:
-            return
+        with self._proving:
+            if self._stopping or not self._proven:
+                return
+        log.error("The worker ends, and RunPod replaces it.")
         deadline = time.monotonic() + POST_S
         while self._in_flight() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -220,7 +255,7 @@ class EngineServer(EngineClient):
         if self._stopping:
             return
         self._death = reason
-        log.error("%s died: %s. The worker ends, and RunPod replaces it.", self.name, reason)
+        log.error("%s died: %s.", self.name, reason)
         assert self._process is not None
         reaper.end(self._process.pid, 0)
 
@@ -266,26 +301,10 @@ class EngineServer(EngineClient):
             self._reaper.wait()
             self._reaper = None
 
-    # ---- the child's output ----
 
-    def _read_output(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdout is not None
-        with process.stdout as output:
-            rest = b""
-            while data := os.read(output.fileno(), 65536):
-                *lines, rest = re.split(rb"[\r\n]+", rest + data)
-                if len(rest) > LINE_LENGTH:
-                    lines, rest = [*lines, rest], b""
-                for line in filter(None, lines):
-                    self._log_line(line)
-            if rest:
-                self._log_line(rest)
-
-    def _log_line(self, line: bytes) -> None:
-        text = redact(line[:LINE_LENGTH].decode(errors="replace"))
-        self._lines.append(text)
-        level = _LEVEL.search(text[:80])
-        (log.warning if level else log.info)("%s: %s", self.name, text)
+def _failed(cause: str) -> StartError:
+    message = f"{cause.rstrip('.')}. Use another model or GPU, or change the engine's settings."
+    return StartError(message, code="engine_failed")
 
 
 def _wait(process: subprocess.Popen[bytes], exited: threading.Event) -> None:
@@ -299,6 +318,18 @@ def _exit() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(1)
+
+
+def _choose_port(preferred: int | None) -> int:
+    """The preferred port if no other process listens on it, else a free one."""
+    if preferred is not None and not _is_free(preferred):
+        log.warning("port %d is in use, taking another one", preferred)
+    elif preferred is not None:
+        return preferred
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _is_free(port: int) -> bool:

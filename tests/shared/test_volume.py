@@ -450,6 +450,8 @@ def test_no_such_folder(machine: Path) -> None:
     write(machine / "half", {"config.json": b"{}"})
     error = start_error(f"{machine}/half")
     assert (error.code, "weights are missing" in error.message) == ("incomplete", True)
+    write(machine / "llama.cpp", {"model.gguf": b"0"})
+    assert "use the model's safetensors files" in start_error(f"{machine}/llama.cpp").message
 
 
 def test_no_such_revision(hub: Hub) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -27,7 +27,7 @@ async def generate(request: GenerateRequest, engine: Engine) -> GenerateResponse
     answer, headers = await engine.call(
         "/generate",
         _generate_body(request, prompt, engine),
-        request.prompt_field,
+        request.names,
         shorten=not request.max_tokens,
     )
     details = answer["details"]
@@ -39,16 +39,18 @@ async def generate(request: GenerateRequest, engine: Engine) -> GenerateResponse
 
 
 async def stream_generate(
-    request: GenerateRequest, engine: Engine
+    request: GenerateRequest, engine: Engine, *, in_posts: bool
 ) -> AsyncIterator[GenerateResponse | dict[str, Any]]:
-    """Parts `{"response": text}`, then the response without its text."""
+    """Parts `{"response": text}`, then the response without its text. in_posts: see `EngineClient.stream`."""
     prompt = await engine.prompt_text(request)
     body = _generate_body(request, prompt, engine)
     answer = _StreamedAnswer(request)
 
     async def texts() -> AsyncIterator[str]:
         before = prompt if request.return_full_text else ""
-        stream = engine.events("/generate_stream", body, request.prompt_field, shorten=not request.max_tokens)
+        stream = engine.events(
+            "/generate_stream", body, request.names, shorten=not request.max_tokens, in_posts=in_posts
+        )
         async with aclosing(stream) as parts:
             async for events in parts:
                 yield before + "".join(map(answer.add, events))
@@ -88,7 +90,7 @@ class _StreamedAnswer:
 
 def _generate_body(request: GenerateRequest, prompt: str, engine: Engine) -> dict[str, Any]:
     engine.adapter(request.adapter_id, "adapter_id")
-    engine.check_length(request.max_tokens)
+    engine.check_length(request.max_tokens, request.names)
     return {"inputs": prompt, "parameters": parameters(request, request.max_tokens or DEFAULT_TOKENS)}
 
 
@@ -131,7 +133,7 @@ def _end_at_stop(text: str | None, stops: list[str]) -> tuple[str | None, bool]:
 async def complete(request: OpenAICall, engine: Engine, job_id: str) -> dict[str, Any]:
     path, body, head = _prepare(request, engine, job_id)
     answer: dict[str, Any]
-    answer, _ = await engine.call(path, body, request.prompt_field)
+    answer, _ = await engine.call(path, body, request.names)
     for choice in answer["choices"]:
         holder, key = _text_of(choice)
         holder[key], stopped = _end_at_stop(holder.get(key), request.stop)
@@ -139,13 +141,16 @@ async def complete(request: OpenAICall, engine: Engine, job_id: str) -> dict[str
     return {**answer, **head}
 
 
-async def stream_complete(request: OpenAICall, engine: Engine, job_id: str) -> AsyncIterator[str]:
-    """Server-sent events."""
+async def stream_complete(
+    request: OpenAICall, engine: Engine, job_id: str, *, in_posts: bool
+) -> AsyncGenerator[str]:
+    """Server-sent events. in_posts: see `EngineClient.stream`."""
     path, body, head = _prepare(request, engine, job_id)
     chunks = _Chunks(request, head)
-    async with aclosing(engine.events(path, body, request.prompt_field)) as parts:
+    async with aclosing(engine.events(path, body, request.names, in_posts=in_posts)) as parts:
         async for events in parts:
-            yield "".join(map(chunks.translate, events))
+            if text := "".join(map(chunks.translate, events)):
+                yield text
     if request.wants_usage and chunks.usages:
         total = {name: sum(used[name] for used in chunks.usages) for name in chunks.usages[0]}
         yield _sse({**chunks.last, **head, "choices": [], "usage": total})
@@ -206,7 +211,7 @@ def _prepare(request: OpenAICall, engine: Engine, job_id: str) -> tuple[str, dic
     """TGI's route, its body, and the fields of the answer that TGI does not know."""
     adapter = engine.adapter(request.model)
     body = openai_body(request, adapter)
-    engine.check_length(body.get("max_tokens"))
+    engine.check_length(body.get("max_tokens"), request.names)
     is_chat = isinstance(request, ChatRequest)
     head = {
         "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{job_id}",

@@ -42,24 +42,30 @@ class Engine:
         return [self.name, *filter(None, self.served.values())]
 
     async def call(
-        self, path: str, body: Any, prompt_field: str, *, shorten: bool = False
+        self, path: str, body: Any, names: dict[str, str], *, shorten: bool = False
     ) -> tuple[Any, Mapping[str, str]]:
-        """The answer to a POST, and its headers. shorten: reduce max_new_tokens to what the prompt leaves."""
+        """The answer to a POST, and its headers.
+
+        names: see `translate.explain`. shorten: reduce max_new_tokens to what the prompt leaves.
+        """
         started = time.monotonic()
         while True:
             try:
                 return await self.client.call("POST", path, body)
             except JobError as error:
-                body = await self._next_try(error, body, started, prompt_field, shorten)
+                body = await self._next_try(error, body, started, names, shorten)
 
     async def events(
-        self, path: str, body: Any, prompt_field: str, *, shorten: bool = False
+        self, path: str, body: Any, names: dict[str, str], *, shorten: bool = False, in_posts: bool = True
     ) -> AsyncGenerator[list[dict[str, Any]]]:
-        """The events of a stream, each time all that have arrived, without `[DONE]` and comments."""
+        """The events of a stream, each time all that have arrived, without `[DONE]` and comments.
+
+        in_posts: see `EngineClient.stream`.
+        """
         started = time.monotonic()
         while True:
             try:
-                async with aclosing(self.client.stream(path, body)) as parts:
+                async with aclosing(self.client.stream(path, body, in_posts=in_posts)) as parts:
                     async for part in parts:
                         lines = part.split("\n")  # not splitlines(): a text may contain U+2028
                         data = [line[5:].strip(" ") for line in lines if line.startswith("data:")]
@@ -68,10 +74,10 @@ class Engine:
                             yield events
                 return
             except JobError as error:
-                body = await self._next_try(error, body, started, prompt_field, shorten)
+                body = await self._next_try(error, body, started, names, shorten)
 
     async def _next_try(
-        self, error: JobError, body: Any, started: float, prompt_field: str, shorten: bool
+        self, error: JobError, body: Any, started: float, names: dict[str, str], shorten: bool
     ) -> Any:
         """The body to try again with. Raises JobError where that does not help.
 
@@ -82,14 +88,14 @@ class Engine:
             return body
         if shorten and 0 < (left := tokens_left(error)) < body["parameters"]["max_new_tokens"]:
             return {**body, "parameters": {**body["parameters"], "max_new_tokens": left}}
-        raise explain(error, prompt_field) from None
+        raise explain(error, names) from None
 
     async def prompt_text(self, request: GenerateRequest) -> str:
         """The prompt, or the messages in the model's chat template."""
         if request.messages is None:
             return request.prompt or ""
         body = {"messages": without_nulls(request.messages)}
-        answer, _ = await self.call("/chat_tokenize", body, "messages")
+        answer, _ = await self.call("/chat_tokenize", body, request.names)
         text: str = answer["templated_text"]
         first = next(iter(answer["tokenize_response"]), None)
         if first and first["id"] == self.bos:
@@ -105,7 +111,7 @@ class Engine:
             raise invalid(param, f"{name!r} is not served here. Use {names}.", "model_not_found")
         return self.served[name.casefold()]
 
-    def check_length(self, max_tokens: int | None) -> None:
+    def check_length(self, max_tokens: int | None, names: dict[str, str]) -> None:
         """Raise JobError for more tokens than the context length.
 
         TGI checks only the first 1024 of them, and ends the answer at the context length.
@@ -114,7 +120,7 @@ class Engine:
             message = (
                 f"a prompt and its answer have at most {self.max_total_tokens} tokens, got {max_tokens}."
             )
-            raise invalid("max_tokens", message, "too_long")
+            raise invalid(names["max_new_tokens"], message, "too_long")
 
 
 async def describe(client: EngineClient) -> tuple[dict[str, Any], int | None]:

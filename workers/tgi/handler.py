@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
+from serving.engine_server.process import EngineServer
 from serving.streaming import relay
 from shared import prewarm, startup
 from shared.jobs import Job, job_handler
@@ -40,9 +42,8 @@ from .schemas import ROUTES, GenerateRequest, GenerateResponse, OpenAICall, Sett
 engine: Engine
 
 
-def load(settings: Settings) -> Engine:
-    """Start TGI. Raises StartError, EngineFailed."""
-    server, revision = launcher.start(settings, in_flight=lambda: handler.in_flight)
+def load(settings: Settings, server: EngineServer, revision: str | None) -> Engine:
+    """What TGI says of itself. Raises JobError."""
     info, bos = asyncio.run(describe(server))
     served: dict[str, str | None] = {name.casefold(): name for name in settings.adapter_names}
     for own in (settings.public_name, settings.model_name, info["model_id"], "tgi"):
@@ -76,23 +77,33 @@ async def handler(
 async def stream(
     request: GenerateRequest | OpenAICall, job: Job
 ) -> AsyncIterator[GenerateResponse | dict[str, Any] | str]:
+    in_posts = job.transport == "queue"
     if isinstance(request, GenerateRequest):
-        async for part in answers.stream_generate(request, engine):
+        async for part in answers.stream_generate(request, engine, in_posts=in_posts):
             yield part
     else:
-        async for events in relay(answers.stream_complete(request, engine, job.id)):
-            yield events
+        events = answers.stream_complete(request, engine, job.id, in_posts=in_posts)
+        async with aclosing(relay(events) if in_posts else events) as parts:
+            async for text in parts:
+                yield text
 
 
 # ---- start ---------------------------------------------------------------------------------------------
 
 
-def prepare() -> Settings:
+def first_requests(settings: Settings, server: EngineServer, revision: str | None) -> None:
+    """Ask TGI what it serves, and prewarm. revision: the model's commit, if known."""
     global engine
-    settings = read_settings(Settings)
-    engine = load(settings)
+    engine = load(settings, server, revision)
     if settings.prewarm:
         prewarm.run(handler, [{"prompt": "Hello", "max_tokens": 4, "temperature": 0}])
+
+
+def prepare() -> Settings:
+    settings = read_settings(Settings)
+    server, revision = launcher.start(settings, in_flight=lambda: handler.in_flight)
+    server.prove(lambda: first_requests(settings, server, revision))
+    handler.engine_metrics = server.metrics
     return settings
 
 

@@ -156,8 +156,12 @@ class GenerateRequest(Request):
         return self
 
     @property
-    def prompt_field(self) -> str:
-        return "prompt" if self.messages is None else "messages"
+    def names(self) -> dict[str, str]:
+        """The names that TGI's fields have in this request."""
+        return {
+            "inputs": "prompt" if self.messages is None else "messages",
+            "max_new_tokens": "max_tokens",
+        }
 
     @property
     def wants_tokens(self) -> bool:
@@ -209,8 +213,14 @@ class ChatRequest(OpenAIBody):
     )
 
     @property
-    def prompt_field(self) -> str:
-        return "messages"
+    def names(self) -> dict[str, str]:
+        """The names that TGI's fields have in this request."""
+        return {
+            "inputs": "messages",
+            "max_new_tokens": "max_completion_tokens" if self.max_completion_tokens else "max_tokens",
+            "top_n_tokens": "top_logprobs",
+            "grammar": "response_format",
+        }
 
 
 class CompletionRequest(OpenAIBody):
@@ -221,8 +231,9 @@ class CompletionRequest(OpenAIBody):
     )
 
     @property
-    def prompt_field(self) -> str:
-        return "prompt"
+    def names(self) -> dict[str, str]:
+        """The names that TGI's fields have in this request."""
+        return {"inputs": "prompt", "max_new_tokens": "max_tokens"}
 
 
 OpenAICall = ChatRequest | CompletionRequest

@@ -98,16 +98,16 @@ def tokens_left(error: JobError) -> int:
     return max(0, int(match[1]) - int(match[2])) if match else 0
 
 
-def explain(error: JobError, prompt_field: str) -> JobError:
+def explain(error: JobError, names: dict[str, str]) -> JobError:
     """TGI's error as this worker's, with the name that the field has here, and what to do.
 
-    prompt_field: the field that the text came from. Errors are recognised by their text: a stream has no
-    status, and the OpenAI routes give all errors the same one.
+    names: of TGI's fields in the request; `inputs` is what the text came from. Errors are recognised by their
+    text: a stream has no status, and the OpenAI routes give all errors the same one.
     """
     text = error.message
     if error.code == 413:
         message = "the request is larger than TGI takes. Shorten it, or raise PAYLOAD_LIMIT."
-        return invalid(prompt_field, message, "too_large")
+        return invalid(names["inputs"], message, "too_large")
     if is_overloaded(error):
         message = "TGI has MAX_CONCURRENT_REQUESTS already. Send the job again, or raise that setting."
         return JobError(message, code="overloaded", type="server_error")
@@ -130,17 +130,17 @@ def explain(error: JobError, prompt_field: str) -> JobError:
     if match := _JSON_PATH.search(text):
         return invalid(match[1], f"{match[2][:300].rstrip('.')}.")
     if text.startswith("Input validation error: "):
-        return _explain_validation(text.removeprefix("Input validation error: "), prompt_field)
+        return _explain_validation(text.removeprefix("Input validation error: "), names)
     return error
 
 
-def _explain_validation(text: str, prompt_field: str) -> JobError:
-    names = {"inputs": prompt_field, "max_new_tokens": "max_tokens"}
+def _explain_validation(text: str, names: dict[str, str]) -> JobError:
     quoted = re.findall(r"`(\w+)`", text)
-    param = names.get(quoted[0], quoted[0]) if quoted else "grammar" if "grammar" in text else prompt_field
+    field = quoted[0] if quoted else "grammar" if "grammar" in text else "inputs"
+    param = names.get(field, field)
     too_long = _TOO_LONG.search(text) or text.startswith("`inputs` must have less")
     if tokens_left(JobError(text)):
-        param = "max_tokens"
+        param = names["max_new_tokens"]
     message = re.sub(r"`(\w+)`", lambda match: names.get(match[1], match[1]), text)[:400].rstrip(".")
     return invalid(param, f"{message}.", "too_long" if too_long else "invalid_value")
 

@@ -37,6 +37,7 @@ from shared import prewarm, startup
 from shared.errors import JobError, StartError, invalid
 from shared.jobs import Job, job_handler
 from shared.logs import log
+from shared.openai import ModelsRequest
 from shared.settings import read_settings
 
 from .command_line import Command, build_command, engine_env
@@ -121,8 +122,11 @@ def concurrency(metrics: str, max_num_seqs: int) -> int:
 # ---- handle --------------------------------------------------------------------------------------------
 
 
+AnyRequest = GenerateRequest | RouteRequest | Call | ModelsRequest
+
+
 @job_handler(GenerateRequest, RouteRequest, routes=ROUTES)
-async def handler(request: GenerateRequest | RouteRequest | Call, job: Job) -> dict[str, Any]:
+async def handler(request: AnyRequest, job: Job) -> dict[str, Any]:
     method, path, body = engine_request(request)
     try:
         answer: dict[str, Any] = await engine.server.request(method, path, body, headers=_headers(job))
@@ -132,29 +136,26 @@ async def handler(request: GenerateRequest | RouteRequest | Call, job: Job) -> d
 
 
 @handler.streamed
-async def stream(request: GenerateRequest | RouteRequest | Call, job: Job) -> AsyncIterator[str]:
-    async for events in relay(_stream(request, job)):
-        yield events
-
-
-async def _stream(request: GenerateRequest | RouteRequest | Call, job: Job) -> AsyncIterator[str]:
+async def stream(request: AnyRequest, job: Job) -> AsyncIterator[str]:
     _, path, body = engine_request(request)
+    in_posts = job.transport == "queue"
+    events = engine.server.stream(path, body, headers=_headers(job), in_posts=in_posts)
     try:
-        async with aclosing(engine.server.stream(path, body, headers=_headers(job))) as parts:
-            async for events in parts:
-                yield events
+        async with aclosing(relay(events) if in_posts else events) as parts:
+            async for part in parts:
+                yield part
     except JobError as error:
         raise _explain(error, path) from None
 
 
-def engine_request(
-    request: GenerateRequest | RouteRequest | Call,
-) -> tuple[str, str, dict[str, Any] | None]:
+def engine_request(request: AnyRequest) -> tuple[str, str, dict[str, Any] | None]:
     """Method, path and body of the engine's request."""
     if isinstance(request, RouteRequest):
         request = request.call
+    if isinstance(request, ModelsRequest):
+        return "GET", "/v1/models", None
     if isinstance(request, Call):
-        return request.method, request.path, request.body
+        return "POST", request.path, request.body
     body = request.model_dump(exclude_none=True)
     if request.max_tokens is None and "max_completion_tokens" not in body:
         body["max_tokens"] = engine.default_tokens
@@ -197,8 +198,13 @@ def prepare() -> Settings:
         server.get("/metrics")[1], command.number("max-num-seqs") or DEFAULT_SEQS
     )
     log.info("concurrency=%d", jobs)
-    if settings.prewarm:
-        prewarm.run(handler, prewarm_inputs(server.get("/openapi.json")[1]))
+
+    def first_requests() -> None:
+        if settings.prewarm:
+            prewarm.run(handler, prewarm_inputs(server.get("/openapi.json")[1]))
+
+    server.prove(first_requests)
+    handler.engine_metrics = server.metrics
     return settings.model_copy(update={"max_concurrency": jobs})
 
 

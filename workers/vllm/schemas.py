@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from shared.errors import invalid
 from shared.jobs import Request
-from shared.openai import OpenAIRequest
+from shared.openai import ModelsRequest, OpenAIRequest
 from shared.requests import validate
 from shared.settings import WorkerSettings
 
@@ -76,6 +76,17 @@ class Settings(WorkerSettings):
 
 # ---- the worker's own input ----------------------------------------------------------------------------
 
+_IN_PARTS = "leave it out: a stream's parts have what has come."
+# Fields of the official worker's input, and what to send instead.
+REMOVED_FIELDS = {
+    "apply_chat_template": "send the text as messages, to which the template is always applied: "
+    '[{"role": "user", "content": ...}]. A prompt is continued as it is.',
+    "max_batch_size": _IN_PARTS,
+    "min_batch_size": _IN_PARTS,
+    "batch_size_growth_factor": _IN_PARTS,
+    "use_openai_format": "leave it out: answers always have OpenAI's form.",
+}
+
 
 class GenerateRequest(Request):
     """Fields beyond these are those of vLLM's chat and completion requests."""
@@ -131,6 +142,8 @@ class GenerateRequest(Request):
                 continue
             if name in other:
                 message = f"goes with {other_form} only."
+            elif name in REMOVED_FIELDS:
+                message = REMOVED_FIELDS[name]
             elif name.startswith("guided_"):
                 key = name.removeprefix("guided_")
                 message = f'this vLLM has it as "structured_outputs": {{"{key}": ...}}.'
@@ -149,19 +162,18 @@ class Call(OpenAIRequest):
     """The body of a route: what vLLM takes there."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, protected_namespaces=())
-    method: ClassVar[str] = "POST"
     path: ClassVar[str]
 
     stream: bool | None = Field(None, description="Send the answer in parts while it is generated")
 
     @property
-    def body(self) -> dict[str, Any] | None:
-        return None if self.method == "GET" else self.model_dump(exclude_unset=True)
+    def body(self) -> dict[str, Any]:
+        return self.model_dump(exclude_unset=True)
 
 
-def _call(path: str, method: str = "POST") -> type[Call]:
-    model = create_model(f"Call {method} {path}", __base__=Call)
-    model.method, model.path = method, path
+def _call(path: str) -> type[Call]:
+    model = create_model(f"Call {path}", __base__=Call)
+    model.path = path
     return model
 
 
@@ -175,7 +187,7 @@ ROUTES: dict[str, type[BaseModel]] = {
             "/score",
         )
     },
-    "/v1/models": _call("/v1/models", "GET"),
+    "/v1/models": ModelsRequest,
     # vLLM has these without /v1, which an OpenAI client cannot leave out.
     "/v1/tokenize": _call("/tokenize"),
     "/v1/detokenize": _call("/detokenize"),
@@ -190,20 +202,20 @@ class RouteRequest(Request):
     method: str | None = Field(None, description="The route's own method, which may be left out")
 
     @property
-    def call(self) -> Call:
+    def call(self) -> Call | ModelsRequest:
         """Raises JobError for a route that is not served, and for a method that is not the route's."""
         path = self.route.partition("?")[0].rstrip("/")
         model = ROUTES.get(path)
         if model is None:
             message = f"{self.route[:60]!r} is not served here. Use {', '.join(ROUTES)}."
             raise invalid("route", message, "unknown_route")
-        assert issubclass(model, Call)
-        if self.method and self.method.upper() != model.method:
-            raise invalid("method", f"{path} takes {model.method}.")
+        method = "GET" if model is ModelsRequest else "POST"
+        if self.method and self.method.upper() != method:
+            raise invalid("method", f"{path} takes {method}.")
         call = validate(model, self.body or {})
-        assert isinstance(call, Call)
+        assert isinstance(call, Call | ModelsRequest)
         return call
 
     @property
     def stream(self) -> bool:
-        return bool(self.call.stream)
+        return bool(getattr(self.call, "stream", False))

@@ -22,6 +22,7 @@ REMOVED = {
     "SWAP_SPACE": "nothing: this vLLM swaps nothing out",
     "NUM_SCHEDULER_STEPS": "nothing: scheduling is asynchronous",
     "TASK": "RUNNER and CONVERT",
+    "ENABLE_REASONING": "REASONING_PARSER, which enables it",
     "ROPE_SCALING": "HF_OVERRIDES",
     "ROPE_THETA": "HF_OVERRIDES",
     "GUIDED_DECODING_BACKEND": "STRUCTURED_OUTPUTS_CONFIG",

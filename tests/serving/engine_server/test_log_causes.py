@@ -23,6 +23,10 @@ from serving.engine_server.log_causes import classify_log
         ("OSError: [Errno 28] No space left on device", "no_space"),
         ("RuntimeError: Insufficient space in /dev/shm: 64.0 MiB free", "no_shared_memory"),
         ("vllm: error: argument --dtype: invalid choice: 'int3'", "bad_setting"),
+        ("vllm: error: argument --max-model-len: invalid <function human_readable_int at 0x7f3a> value: 'x'",
+         "bad_setting"),
+        ("ValueError: User-specified max_model_len (9999) is greater than the derived max_model_len "
+         "(max_position_embeddings=2048). To allow it, set VLLM_ALLOW_LONG_MAX_MODEL_LEN=1", "bad_setting"),
         ('Error: ArgumentValidation("`max_input_tokens`(9) must be < `max_total_tokens`(9)")', "bad_setting"),
         ("error: unexpected argument '--max-model-len' found", "bad_setting"),
         ("error: the argument '--quantize <QUANTIZE>' cannot be used multiple times", "bad_setting"),
@@ -43,6 +47,7 @@ def test_a_permanent_cause_becomes_one_line(line: str, code: str) -> None:
     assert "\n" not in cause.message
     assert not cause.message.startswith("(EngineCore")
     assert "input_value" not in cause.message
+    assert "0x" not in cause.message
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,10 @@ class Watched(EngineServer):
         options = {"start_timeout": 60, "grace": 20, **options}
         super().__init__("engine", command(*flags), on_death=self.dead.set, **options)
 
+    def start(self) -> None:
+        super().start()
+        self.prove(lambda: None)
+
     def waiting(self) -> int:
         return int(self.get("/metrics")[1].split()[1])
 

@@ -79,13 +79,20 @@ class Server:
 
 @contextmanager
 def running(
-    *args: str, until_ping: int | None = 200, port: int | None = None, **env: str
+    *args: str,
+    module: str = "tests.shared.http.toy",
+    until_ping: int | None = 200,
+    port: int | None = None,
+    **env: str,
 ) -> Iterator[Server]:
-    """The toy worker with these arguments and environment variables. until_ping: the status to wait for."""
+    """The toy worker, or another one's `module`, with these arguments and environment variables.
+
+    until_ping: the status to wait for.
+    """
     port = port or free_port()
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("OTEL_", "RUNPOD_"))}
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.shared.http.toy", *args],
+        [sys.executable, "-m", module, *args],
         env=clean | {"SERVE_MODE": "http", "PORT": str(port), "HOST": "127.0.0.1"} | env,
         cwd=ROOT,
         stdout=subprocess.PIPE,

@@ -217,6 +217,25 @@ async def test_null_fields_of_messages_are_left_out(worker: ModuleType) -> None:
     assert answer["response"] == same["choices"][0]["message"]["content"]
 
 
+async def test_null_means_unset(worker: ModuleType) -> None:
+    """Clients that dump their models send null for every field."""
+    for route, body in ((CHAT, {"messages": TALK}), ("/v1/completions", {"prompt": "a"})):
+        fields = [
+            *worker.ROUTES[route].model_fields,
+            "n",
+            "logit_bias",
+            "presence_penalty",
+            "user",
+            "functions",
+        ]
+        nulls = dict.fromkeys(fields) | body | {"max_tokens": 2, "seed": 3}
+        answer = await openai(worker.handler, route, **nulls)
+        assert (
+            answer["choices"]
+            == (await openai(worker.handler, route, **body, max_tokens=2, seed=3))["choices"]
+        )
+
+
 @pytest.mark.parametrize(
     ("payload", "param", "code"),
     [
@@ -233,6 +252,9 @@ async def test_null_fields_of_messages_are_left_out(worker: ModuleType) -> None:
         ({"messages": [{"role": "user"}]}, "messages[0]", "invalid_value"),
         ({"prompt": "[[fail 3]]"}, None, "generation_failed"),
         (through("/v1/chat/completions", messages=TALK, model="x"), "model", "model_not_found"),
+        (through(CHAT, messages=TALK, max_completion_tokens=5000), "max_completion_tokens", "too_long"),
+        (through(CHAT, messages=TALK * 200, max_completion_tokens=2000), "max_completion_tokens", "too_long"),
+        (through(CHAT, messages=TALK, logprobs=True, top_logprobs=9), "top_logprobs", "invalid_value"),
         (through("/v1/completions", prompt=list("abcde")), "prompt", "invalid_value"),
         (through("/v1/completions", prompt="[[fail 2]]"), None, "generation_failed"),
         (through("/v1/embeddings", input="a"), "openai_route", "unknown_route"),

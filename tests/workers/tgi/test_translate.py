@@ -140,7 +140,8 @@ TOO_LONG = (
     ],
 )
 def test_validation_errors_name_the_field(text: str, param: str, code: str) -> None:
-    error = translate.explain(JobError(f"Input validation error: {text}", code="validation"), "prompt")
+    request = validate(schemas.GenerateRequest, {"prompt": "a"})
+    error = translate.explain(JobError(f"Input validation error: {text}", code="validation"), request.names)
     assert (error.param, error.code, error.type) == (param, code, "invalid_request_error")
     assert error.message.startswith(f"{param}: ")
     assert not [name for name in ("`", "inputs", "max_new_tokens") if name in error.message]
@@ -166,7 +167,7 @@ def test_validation_errors_name_the_field(text: str, param: str, code: str) -> N
     ],
 )  # fmt: skip
 def test_other_errors_say_what_to_do(text: str, status: Any, param: str | None, code: str) -> None:
-    error = translate.explain(JobError(text, code=status), "messages")
+    error = translate.explain(JobError(text, code=status), {"inputs": "messages"})
     assert (error.param, error.code) == (param, code)
     assert error.message.endswith((".", "new"))
 
@@ -181,12 +182,12 @@ async def test_events_are_read_whatever_their_text_contains() -> None:
     """Comments, blanks after `data:` or none, and characters that Python takes for line ends."""
 
     class Client:
-        async def stream(self, path: str, body: Any) -> AsyncIterator[str]:
+        async def stream(self, path: str, body: Any, *, in_posts: bool) -> AsyncIterator[str]:
             yield ":\n\n"
             yield 'data:{"text": "a\u2028b\x85c"}\n\n'
             yield 'data: {"text": "d"}\n\n:\n\ndata: {"text": "e"}\n\n'
             yield "data: [DONE]\n\n"
 
     tgi = engine.Engine(Client(), "name", None, {}, 100, None)
-    texts = [[event["text"] for event in events] async for events in tgi.events("/", {}, "prompt")]
+    texts = [[event["text"] for event in events] async for events in tgi.events("/", {}, {})]
     assert texts == [["a\u2028b\x85c"], ["d", "e"]]

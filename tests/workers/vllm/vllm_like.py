@@ -1,8 +1,9 @@
 """As much of `vllm serve` as the failures of workers/vllm need, in a second instead of a minute.
 
-Prompts are orders: `wait SECONDS`, `die`, `hang`, `stop` (a stream, without its end); anything else is
-answered with itself, and each is printed. Environment:
-FAKE_SAYS is written before an exit with status 1, FAKE_SAYS_ONCE (FILE:TEXT) only where FILE is missing.
+Prompts are orders: `wait SECONDS`, `hang`, `stop` (a stream, without its end), `fail STATUS`; anything else
+is answered with itself, and each is printed. Environment:
+FAKE_SAYS is written before an exit with status 1, FAKE_SAYS_ONCE (FILE:TEXT) only where FILE is missing;
+with FAKE_DIES=1 at the first request.
 Its processes are the server and one that would hold a GPU.
 """
 
@@ -12,7 +13,6 @@ import argparse
 import asyncio
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -26,24 +26,43 @@ parser.add_argument("--port", type=int)
 options, rest = parser.parse_known_args()
 
 
+DIES = "FAKE_DIES" in os.environ
+says = ""
+
+
 async def obey(prompt: str) -> None:
     print(f"received {prompt[:80]}", flush=True)
     order, _, value = prompt.partition(" ")
     if order == "wait":
-        await asyncio.sleep(float(value))
-    if order == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            await asyncio.sleep(float(value))
+        except asyncio.CancelledError:
+            print("dropped", flush=True)
+            raise
     if order == "hang":
         time.sleep(3600)  # noqa: ASYNC251 (that is the point)
+    if says and DIES:
+        print(says, flush=True)
+        os._exit(1)
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
     body = await request.json()
     name = f"cmpl-{request.headers['X-Request-Id']}"
+    if body["prompt"].startswith("fail"):
+        error = {
+            "message": "as asked",
+            "type": "AsAskedError",
+            "param": "prompt",
+            "code": int(body["prompt"][5:]),
+        }
+        return web.json_response({"error": error}, status=error["code"])
     answer = {
         "id": name,
         "object": "text_completion",
-        "choices": [{"index": 0, "text": body["prompt"]}],
+        "created": 1,
+        "model": "model",
+        "choices": [{"index": 0, "text": body["prompt"], "finish_reason": "stop"}],
         "argv": rest,
     }
     if not body.get("stream"):
@@ -56,6 +75,14 @@ async def completions(request: web.Request) -> web.StreamResponse:
     if body["prompt"] != "stop":
         await response.write(b"data: [DONE]\n\n")
     return response
+
+
+async def models(_: web.Request) -> web.Response:
+    return web.json_response({"object": "list", "data": [{"id": "model", "object": "model", "created": 1}]})
+
+
+async def openapi(_: web.Request) -> web.Response:
+    return web.json_response({"paths": {"/v1/completions": {}}})
 
 
 async def health(_: web.Request) -> web.Response:
@@ -71,11 +98,13 @@ if __name__ == "__main__":
     says = os.environ.get("FAKE_SAYS") or (once if file and not Path(file).exists() else "")
     if file:
         Path(file).touch()
-    if says:
+    if says and not DIES:
         sys.exit(says)
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
     app = web.Application(client_max_size=2**26)
     app.router.add_post("/v1/completions", completions)
+    app.router.add_get("/v1/models", models)
+    app.router.add_get("/openapi.json", openapi)
     app.router.add_get("/health", health)
     app.router.add_get("/metrics", metrics)
     web.run_app(app, host="127.0.0.1", port=options.port, print=None, handler_cancellation=True)
