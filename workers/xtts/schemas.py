@@ -17,6 +17,9 @@ Language = Literal[
 Format = Literal["wav", "flac", "mp3", "opus", "pcm"]
 SampleRate = Literal[8000, 12000, 16000, 22050, 24000, 44100, 48000]
 FinishReason = Literal["stop", "length"]
+MEDIA_TYPES: dict[Format, str] = {
+    "wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg", "opus": "audio/ogg", "pcm": "audio/pcm",
+}  # fmt: skip
 OPUS_RATES = (8000, 12000, 16000, 24000, 48000)
 MAX_TEXT = 50_000  # characters
 MAX_RECORDINGS = 8
@@ -118,6 +121,11 @@ class SpeechRequest(OpenAIRequest):
     seed: int | None = Field(None, description="The same seed gives the same speech")
     sample_rate: SampleRate | None = Field(None, description="In Hz")
     speaker_wav: Recordings | None = Field(None, description="Recordings of the voice, instead of `voice`")
+
+    @property
+    def stream_over_http(self) -> bool:
+        """Over HTTP the answer is a file, sent while it is generated; a queue endpoint's is an XttsResponse."""
+        return True
 
 
 # ---- responses -------------------------------------------------------------------------------------------
