@@ -24,7 +24,7 @@ class StreamEncoder:
             self.sink.write(_wav_header(rate))
         kind = {"opus": ("OGG", "OPUS"), "wav": ("RAW", "PCM_16"), "pcm": ("RAW", "PCM_16")}
         container, subtype = kind.get(format, (format, None))
-        # Players take the duration of an MP3 without a header from its constant bit rate: 80 kbit/s at 24 kHz.
+        # Without a header the duration of an MP3 follows from its constant bit rate, 80 kbit/s at 24 kHz.
         options = {"bitrate_mode": "CONSTANT", "compression_level": 0.5} if format == "mp3" else {}
         self.file = soundfile.SoundFile(self.sink, "w", rate, 1, subtype, format=container, **options)
 

@@ -17,6 +17,7 @@ import soxr
 from numpy.typing import NDArray
 
 from serving.audio import encode_audio
+from shared import telemetry
 
 from .encoder import StreamEncoder
 from .engine import SpeechEngine
@@ -100,10 +101,12 @@ class Synthesizer:
         """The speech as one file, in bytes that are ready."""
         speech = _Speech(request, self)
         run = functools.partial(asyncio.get_running_loop().run_in_executor, self.codecs)
-        encoder = StreamEncoder(speech.rate, request.response_format)
+        encoder, count = StreamEncoder(speech.rate, request.response_format), 0
         async with aclosing(speech.resampled()) as generated:
             async for samples, last in generated:
                 yield await run(encoder.encode, samples, last)
+                count += len(samples)
+        telemetry.observe("audio_seconds", count / speech.rate)
 
 
 class _Speech:
