@@ -9,8 +9,9 @@ With STREAMING=true and "stream": true the audio comes in chunks while it is gen
 `audio` is then empty.
 
 Voices:   {"input": {"voices": true}}
-OpenAI:   /v1/audio/speech and /v1/models, as {"openai_route": ..., "openai_input": ...} or through the
-          endpoint's own /openai/v1 address. The answer is the object above: RunPod carries JSON only.
+OpenAI:   /v1/audio/speech and /v1/models. In queue mode as {"openai_route": ..., "openai_input": ...} or
+          through the endpoint's own /openai/v1 address, and the answer is the object above: queues carry JSON
+          only. Over HTTP the answer of /v1/audio/speech is an audio file, sent while it is generated.
 
 A text is split into segments, a sentence or less each. The segments of all jobs share the model's decode
 steps, and a new one joins at the next token.
@@ -28,10 +29,12 @@ from shared.device import pick_device
 from shared.errors import StartError
 from shared.jobs import Job, job_handler
 from shared.openai import ModelList, ModelsRequest, model_list
+from shared.results import Media
 from shared.settings import read_settings
 
-from .openai_speech import to_xtts_request
+from .openai_speech import caller_names, to_xtts_request
 from .schemas import (
+    MEDIA_TYPES,
     Format,
     Settings,
     SpeechRequest,
@@ -118,13 +121,26 @@ async def handler(
         )
     if isinstance(request, SpeechRequest):
         request = to_xtts_request(request, voices=voices.built_in, served=engine.served)
+        with caller_names():
+            return await synthesizer.complete(request, job.check_size)
     return await synthesizer.complete(request, job.check_size)
 
 
 @handler.streamed
-async def stream(request: XttsRequest, job: Job) -> AsyncIterator[XttsChunk | XttsResponse]:
-    async for part in engine.synthesizer.stream(request):
-        yield part
+async def stream(
+    request: XttsRequest | SpeechRequest, job: Job
+) -> AsyncIterator[XttsChunk | XttsResponse | Media]:
+    synthesizer = engine.synthesizer
+    if isinstance(request, XttsRequest):
+        async for part in synthesizer.stream(request):
+            yield part
+        return
+    voices = synthesizer.voices.built_in
+    request = to_xtts_request(request, voices=voices, served=engine.served, stream=True)
+    media_type = MEDIA_TYPES[request.response_format]
+    with caller_names():
+        async for data in synthesizer.stream_file(request):
+            yield Media(data, media_type)
 
 
 # ---- start ---------------------------------------------------------------------------------------------

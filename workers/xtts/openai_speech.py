@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
-from shared.errors import invalid
+from shared.errors import JobError, invalid
 from shared.openai import check_model
 
 from .schemas import SpeechRequest, XttsRequest
@@ -19,7 +20,7 @@ OPENAI_VOICES = {
 
 
 def to_xtts_request(
-    request: SpeechRequest, *, voices: Collection[str], served: Collection[str]
+    request: SpeechRequest, *, voices: Collection[str], served: Collection[str], stream: bool = False
 ) -> XttsRequest:
     """voices: the built-in ones. served: names of the model. Raises JobError for what is not served here."""
     check_model(request.model, *served)
@@ -38,4 +39,18 @@ def to_xtts_request(
         text=request.input, language=request.language, speed=request.speed, seed=request.seed,
         speaker=None if request.speaker_wav else speaker, speaker_wav=request.speaker_wav,
         response_format=request.response_format, sample_rate=request.sample_rate,
+        stream=stream,
     )  # fmt: skip
+
+
+@contextmanager
+def caller_names() -> Iterator[None]:
+    """Errors about fields of XttsRequest name those of SpeechRequest."""
+    try:
+        yield
+    except JobError as error:
+        name = {"text": "input", "speaker": "voice"}.get(error.param or "")
+        if name is None:
+            raise
+        message = f"{name}{error.message.removeprefix(error.param or '')}"
+        raise JobError(message, param=name, code=error.code, type=error.type) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
@@ -14,9 +14,24 @@ from shared.settings import DType, WorkerSettings
 Language = Literal[
     "en", "es", "fr", "de", "it", "pt", "pl", "tr", "ru", "nl", "cs", "ar", "zh-cn", "hu", "ko", "ja", "hi"
 ]  # fmt: skip
+
+
+def _canonical_language(value: Any) -> Any:
+    """`pt` for `pt-BR`, `PT` and `pt_br`; `zh-cn` for `zh`; what is no language stays as it is."""
+    if not isinstance(value, str):
+        return value
+    base = value.replace("_", "-").partition("-")[0].lower()
+    base = "zh-cn" if base == "zh" else base
+    return base if base in get_args(Language) else value
+
+
+SpokenLanguage = Annotated[Language, BeforeValidator(_canonical_language)]
 Format = Literal["wav", "flac", "mp3", "opus", "pcm"]
 SampleRate = Literal[8000, 12000, 16000, 22050, 24000, 44100, 48000]
 FinishReason = Literal["stop", "length"]
+MEDIA_TYPES: dict[Format, str] = {
+    "wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg", "opus": "audio/ogg", "pcm": "audio/pcm",
+}  # fmt: skip
 OPUS_RATES = (8000, 12000, 16000, 24000, 48000)
 MAX_TEXT = 50_000  # characters
 MAX_RECORDINGS = 8
@@ -62,7 +77,9 @@ Recordings = Annotated[
 
 class XttsRequest(Request):
     text: str = Field(max_length=MAX_TEXT, description="The text to speak")
-    language: Language = Field("en", description="The language of the text")
+    language: SpokenLanguage = Field(
+        "en", description="The language of the text; also with a region, and in capitals: `pt-BR`, `zh`, `EN`"
+    )
     speaker: str | None = Field(None, description="A built-in voice; unset: the default one")
     speaker_wav: Recordings | None = Field(
         None,
@@ -114,10 +131,15 @@ class SpeechRequest(OpenAIRequest):
     response_format: Literal["mp3", "opus", "aac", "flac", "wav", "pcm"] = Field("mp3")
     speed: float = Field(1.0, ge=0.25, le=4)
     stream_format: Literal["audio", "sse"] = Field("audio")
-    language: Language = Field("en", description="The language of the text; OpenAI has no such field")
+    language: SpokenLanguage = Field("en", description="The language of the text; OpenAI has no such field")
     seed: int | None = Field(None, description="The same seed gives the same speech")
     sample_rate: SampleRate | None = Field(None, description="In Hz")
     speaker_wav: Recordings | None = Field(None, description="Recordings of the voice, instead of `voice`")
+
+    @property
+    def stream_over_http(self) -> bool:
+        """Over HTTP the answer is a file, sent while it is generated; in queue mode an XttsResponse."""
+        return True
 
 
 # ---- responses -------------------------------------------------------------------------------------------

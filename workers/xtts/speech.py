@@ -17,7 +17,9 @@ import soxr
 from numpy.typing import NDArray
 
 from serving.audio import encode_audio
+from shared import telemetry
 
+from .encoder import StreamEncoder
 from .engine import SpeechEngine
 from .schemas import FinishReason, XttsChunk, XttsRequest, XttsResponse
 from .text import SegmentEnd, TextTokenizer
@@ -79,14 +81,12 @@ class Synthesizer:
         return speech.response(audio, duration)
 
     async def stream(self, request: XttsRequest) -> AsyncIterator[XttsChunk | XttsResponse]:
-        """The speech in chunks, and the response without audio."""
+        """The speech in chunks, each a file, and the response without audio."""
         speech = _Speech(request, self)
         run = functools.partial(asyncio.get_running_loop().run_in_executor, self.codecs)
-        resample = resampler(self.engine.sample_rate, speech.rate)
         max_chunk, index, count = int(MAX_CHUNK_S * speech.rate), 0, 0  # samples, chunks, samples
-        async with aclosing(speech.samples()) as generated:
-            async for samples, last in generated:
-                ready = await run(resample, samples, last)
+        async with aclosing(speech.resampled()) as generated:
+            async for ready, _ in generated:
                 for start in range(0, len(ready), max_chunk):
                     part = ready[start : start + max_chunk]
                     audio = await run(encode_audio, part, speech.rate, request.response_format)
@@ -96,6 +96,17 @@ class Synthesizer:
                     index += 1
                 count += len(ready)
         yield speech.response("", count / speech.rate)
+
+    async def stream_file(self, request: XttsRequest) -> AsyncIterator[bytes]:
+        """The speech as one file, in bytes that are ready."""
+        speech = _Speech(request, self)
+        run = functools.partial(asyncio.get_running_loop().run_in_executor, self.codecs)
+        encoder, count = StreamEncoder(speech.rate, request.response_format), 0
+        async with aclosing(speech.resampled()) as generated:
+            async for samples, last in generated:
+                yield await run(encoder.encode, samples, last)
+                count += len(samples)
+        telemetry.observe("audio_seconds", count / speech.rate)
 
 
 class _Speech:
@@ -158,6 +169,14 @@ class _Speech:
         finally:
             stop()
             task.remove_done_callback(stop)
+
+    async def resampled(self) -> AsyncGenerator[tuple[NDArray[np.float32], bool]]:
+        """As `samples`, at the rate of the answer."""
+        run = functools.partial(asyncio.get_running_loop().run_in_executor, self.synthesizer.codecs)
+        resample = resampler(self.synthesizer.engine.sample_rate, self.rate)
+        async with aclosing(self.samples()) as generated:
+            async for samples, last in generated:
+                yield await run(resample, samples, last), last
 
     def response(self, audio: str, duration: float) -> XttsResponse:
         request, synthesizer = self.request, self.synthesizer

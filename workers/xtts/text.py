@@ -11,6 +11,8 @@ from typing import Any, Literal
 from shared.errors import invalid
 from shared.logs import log
 
+from .numbers import read_numbers
+
 SegmentEnd = Literal["paragraph", "sentence", "clause", "word"]
 
 # A full stop after one of these, or after a single letter, ends no sentence.
@@ -37,8 +39,8 @@ _CLOSERS = "\"'\u2019\u201d»)\\]}」』）"
 # Possessive, and from the first of several marks only: linear in the length of a run of marks.
 _SENTENCE_END = re.compile(rf"(?:(?<![.!?…؟।])[.!?…؟।]++[{_CLOSERS}]*+(?=\s)|[。！？]++[{_CLOSERS}]*+)\s*+")
 _CLAUSE_END = re.compile(r"[,;:،؛–—](?=\s)|[，、；：]")
-_SPOKEN_SYMBOLS = frozenset("&@%#$£€°")  # the library reads these out
-_HINDI_DIGITS = ("शून्य", "एक", "दो", "तीन", "चार", "पाँच", "छह", "सात", "आठ", "नौ")  # num2words has no Hindi
+_SPOKEN_SYMBOLS = frozenset("&@%#$£€°¥₹₽₺₩￥＄−")  # read_numbers and the library read these out
+_GROUP_SPACE = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")
 _LETTER_OR_DIGIT = re.compile(r"[^\W_]")
 
 
@@ -58,7 +60,7 @@ class TokenizedSegment:
 
 def remove_unspeakable(text: str) -> str:
     """`text` without emoji, control characters and symbols that are not read out; line ends stay."""
-    text = unicodedata.normalize("NFC", text)
+    text = _GROUP_SPACE.sub("", unicodedata.normalize("NFC", text))
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u2029", "\n")
 
     def replacement(character: str) -> str:
@@ -124,6 +126,12 @@ def _split_sentence(sentence: str, limit: int) -> list[Segment]:
     return [segment for segment in segments if _LETTER_OR_DIGIT.search(segment.text)]
 
 
+def spoken_text(text: str, language: str) -> str:
+    """A segment as the library's tokenizer takes it: numbers in words, lower case."""
+    text = read_numbers(text, language.partition("-")[0]).replace("İ", "i")  # "İ".lower() is two characters
+    return (text.replace("I", "ı") if language == "tr" else text).lower()
+
+
 class TextTokenizer:
     """Texts as token ids. Not for several threads: dictionaries of some languages are not made for that.
 
@@ -145,7 +153,7 @@ class TextTokenizer:
         return [encoded for segment in segments for encoded in self._encode(segment, language)]
 
     def _encode(self, segment: Segment, language: str) -> list[TokenizedSegment]:
-        token_ids = self._token_ids(segment.text.lower(), language)
+        token_ids = self._token_ids(spoken_text(segment.text, language), language)
         if len(token_ids) <= self.max_tokens or len(segment.text) < 2:
             return [TokenizedSegment(token_ids[: self.max_tokens], segment.end)]
         # Numbers that are read out can be much longer than written.
@@ -156,13 +164,8 @@ class TextTokenizer:
     def _token_ids(self, text: str, language: str) -> list[int]:
         try:
             token_ids: list[int] = self.tokenizer.encode(text, lang=language)
-        except Exception:  # a number that num2words has no name for, or not in this language
-            digits = _HINDI_DIGITS if language == "hi" else "0123456789"
-            spelt = re.sub(r"[0-9]", lambda match: f" {digits[int(match[0])]} ", text)
-            try:
-                token_ids = self.tokenizer.encode(" ".join(spelt.split()), lang=language)
-            except Exception as error:
-                log.warning("text that cannot be read in %s: %r", language, error)
-                message = f"{text[:60]!r} cannot be read in {language}. Spell it out."
-                raise invalid("text", message, "bad_text") from None
+        except Exception as error:  # its dictionaries raise errors of many kinds
+            log.warning("text that cannot be read in %s: %r", language, error)
+            message = f"{text[:60]!r} cannot be read in {language}. Spell it out."
+            raise invalid("text", message, "bad_text") from None
         return token_ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import subprocess
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,19 @@ def decoded(answer: dict[str, Any]) -> Samples:
     assert rate == answer["sample_rate"]
     assert np.isfinite(samples).all()
     return samples  # type: ignore[no-any-return]
+
+
+def by_ffmpeg(data: bytes, kind: str, rate: int) -> Samples:
+    """The samples of a file, by ffmpeg, from a pipe."""
+    import imageio_ffmpeg
+
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "fatal"]
+    if kind == "pcm":
+        command += ["-f", "s16le", "-ar", str(rate), "-ac", "1"]
+    command += ["-i", "pipe:0", "-f", "f32le", "-ac", "1", "-ar", str(rate), "pipe:1"]
+    done = subprocess.run(command, input=data, capture_output=True, check=True)
+    assert not done.stderr
+    return np.frombuffer(done.stdout, "<f4")
 
 
 def alike(one: Samples, other: Samples) -> bool:

@@ -48,7 +48,10 @@ async def test_openai_routes(worker: ModuleType) -> None:
     assert (answer["speaker"], answer["format"]) == ("Daisy Studious", "mp3")
     assert decoded(answer).any()
     refused = await openai(worker.handler, "/v1/audio/speech", input="Hello.", voice="bob")
-    assert error_of(refused)["code"] == "unknown_voice"
+    problem = error_of(refused)
+    assert (problem["param"], problem["code"]) == ("voice", "unknown_voice")
+    problem = error_of(await openai(worker.handler, "/v1/audio/speech", input="👋", voice="nova"))
+    assert problem["message"].startswith("input: ")
 
 
 @pytest.mark.engine

@@ -8,7 +8,7 @@ import pytest
 
 from shared.errors import JobError
 from shared.requests import parse, validate
-from workers.xtts.schemas import VoicesRequest, XttsRequest
+from workers.xtts.schemas import SpeechRequest, VoicesRequest, XttsRequest
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,16 @@ def test_refused_requests(payload: dict[str, Any], param: str, code: str) -> Non
     with pytest.raises(JobError) as caught:
         parse(payload, [XttsRequest, VoicesRequest], {})
     assert (caught.value.param, caught.value.code) == (param, code)
+
+
+@pytest.mark.parametrize(
+    ("sent", "language"),
+    [("zh", "zh-cn"), ("zh-CN", "zh-cn"), ("zh_TW", "zh-cn"), ("pt-br", "pt"), ("EN", "en"), ("en_US", "en")],
+)
+def test_languages_have_aliases(sent: str, language: str) -> None:
+    own = parse({"text": "a", "language": sent}, [XttsRequest], {})
+    of_openai = validate(SpeechRequest, {"input": "a", "voice": "nova", "language": sent})
+    assert own.language == of_openai.language == language  # type: ignore[attr-defined]
 
 
 def test_a_request_needs_no_more_than_a_text() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import itertools
-import subprocess
 from types import ModuleType
 from typing import Any
 
@@ -14,24 +13,12 @@ import pytest
 import soxr
 
 from tests.helpers import error, longest_stall, send, stream
-from tests.workers.xtts.sounds import RATE, Samples, alike, decoded, wav
+from tests.workers.xtts.sounds import RATE, alike, by_ffmpeg, decoded, wav
 from tools.models.tiny_xtts import SPEAKERS
 from workers.xtts import speech
 from workers.xtts.speech import PAUSES_S, encode
 
 engine = pytest.mark.engine
-
-
-def by_ffmpeg(answer: dict[str, Any]) -> Samples:
-    import imageio_ffmpeg
-
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-xerror"]
-    if answer["format"] == "pcm":
-        command += ["-f", "s16le", "-ar", str(answer["sample_rate"]), "-ac", "1"]
-    command += ["-i", "pipe:0", "-f", "f32le", "-ac", "1", "-ar", str(answer["sample_rate"]), "pipe:1"]
-    done = subprocess.run(command, input=base64.b64decode(answer["audio"]), capture_output=True, check=True)
-    assert not done.stderr
-    return np.frombuffer(done.stdout, "<f4")
 
 
 @engine
@@ -45,7 +32,8 @@ async def test_formats_and_rates(say: Any, kind: str, rate: int | None) -> None:
     assert answer["sample_rate"] == (rate or RATE)
     plain = decoded(await say("Hello world.", seed=4, response_format="pcm"))
     assert answer["duration"] == pytest.approx(len(plain) / RATE, abs=2e-3)
-    for samples in (decoded(answer), by_ffmpeg(answer)):
+    data = base64.b64decode(answer["audio"])
+    for samples in (decoded(answer), by_ffmpeg(data, kind, answer["sample_rate"])):
         assert np.isfinite(samples).all()
         # MP3 has a lead and complete frames, of 72 ms at 8 kHz.
         assert len(samples) / answer["sample_rate"] == pytest.approx(
