@@ -218,9 +218,12 @@ class Transcriber:
                 segments += [(covered, seconds, rest)] if rest else []
                 covered = seconds
             window_start = audio.offset + start / SAMPLE_RATE
-            await asyncio.to_thread(
+            words_end = await asyncio.to_thread(
                 transcript.add_window, result, segments, self.tokenizer, start=window_start, speech=speech
             )
+            covered = max(covered, words_end - window_start)
+            if seconds - covered < 0.5:
+                break
             start += max(1, round(covered * SAMPLE_RATE))
         return transcript
 

@@ -59,10 +59,11 @@ class Transcript:
         *,
         start: float,
         speech: Sequence[Seconds],
-    ) -> None:
-        """Append the segments of a window, and their words. Takes some milliseconds of CPU.
+    ) -> float:
+        """Append the segments of a window, and their words, and return when the last word ends.
 
-        start: of the window, in seconds of the audio; speech: the same.
+        As in openai/whisper, a segment without length is left out: it repeats what was said before.
+        start: of the window, in seconds of the audio; speech: the same. Takes some milliseconds of CPU.
         """
         ratio = compression_ratio(tokenizer.decode(result.tokens))
         starts = [start + seconds for seconds in token_starts(result)]
@@ -86,6 +87,8 @@ class Transcript:
             if joined:
                 after = self.segments[-1].end if self.segments else start
                 times = fit_in_segment(joined, *times, after=after, lengths=lengths)
+            if joined and times[0] >= times[1]:
+                continue
             self.segment_words.append(
                 [Word(word=word.text, start=round(word.start, 3), end=round(word.end, 3)) for word in joined]
             )
@@ -103,6 +106,7 @@ class Transcript:
                     no_speech_prob=round(result.no_speech_prob, 6),
                 )
             )
+        return max((word.end for word in words), default=start)
 
 
 def _timed_words(words: Sequence[tuple[str, int]], starts: Sequence[float]) -> list[TimedWord]:

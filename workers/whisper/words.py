@@ -97,10 +97,12 @@ def fit_in_segment(
         first.start = max(first.start, first.end - longest)
     if first.start + SEGMENT_SLACK_S < start < first.end:
         first.start = max(first.start, min(first.end - median, start))
+        start = min(start, first.start)
     else:
         start = first.start
     if last.start < end < last.end - SEGMENT_SLACK_S:
         last.end = min(last.end, max(last.start + median, end))
+        end = max(end, last.end)
     else:
         end = last.end
     return start, end
