@@ -358,22 +358,22 @@ def whistles(monkeypatch: pytest.MonkeyPatch) -> Whistles:
     return engine
 
 
-@pytest.mark.soak
-async def test_an_hour_of_audio_does_not_stall_the_event_loop(whistles: Whistles) -> None:
+@pytest.mark.parametrize("minutes", [10, pytest.param(60, marks=pytest.mark.soak)])
+async def test_long_audio_does_not_stall_the_event_loop(whistles: Whistles, minutes: int) -> None:
     """With everything but the model and the speech detection, which run outside of the interpreter."""
     begin, hello = whistles.tokenizer.timestamp_begin, whistles.tokenizer.encode(" hello world")
     tokens = [token for at in range(0, 1400, 100) for token in (begin + at, *hello, begin + at + 100)]
     path = [(token, 2 * token) for token in range(14 * len(hello) + 1)]
     whistles.run = lambda requests: [result(tokens, alignment_path=path)] * len(requests)
     minute = np.concatenate([0.02 * np.concatenate([voice(5, n), silence(1)]) for n in range(10)])
-    audio = written(minute.astype(np.float32), "adts", "aac", SAMPLE_RATE, 24_000, repeat=60)
+    audio = written(minute.astype(np.float32), "adts", "aac", SAMPLE_RATE, 24_000, repeat=minutes)
     assert len(audio) < 20e6, "as much as the platform takes"
     await send(AUDIO, word_timestamps=True)
     for _ in range(3):  # a busy machine may stall the loop too, but not each time
         with longest_stall() as stall:
             answer = await send(audio, word_timestamps=True)
-        assert answer["duration"] == pytest.approx(3600, abs=30)
-        assert len(answer["words"]) > 3000
+        assert answer["duration"] == pytest.approx(60 * minutes, rel=0.01)
+        assert len(answer["words"]) > 50 * minutes
         if stall[0] < 0.1:
             break
     assert stall[0] < 0.1
