@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import numpy as np
 from faster_whisper.vad import VadOptions, get_speech_timestamps
 
 from .engine import SAMPLE_RATE, Samples
 
 INAUDIBLE = 1e-4  # of full scale: less than the last bit of 16
-VAD_OPTIONS = VadOptions(min_silence_duration_ms=400, speech_pad_ms=200)
+# After a minute of digital silence the model detects speech up to 1.8 s late, with this noise after 0.1 s.
+DITHER = 1e-4  # standard deviation, of full scale
+# The padding is faster-whisper's.
+VAD_OPTIONS = VadOptions(min_silence_duration_ms=400, speech_pad_ms=400)
 VAD_BLOCK = 600 * SAMPLE_RATE  # samples; the detection takes several times their memory
+# The first speech, of which the language is asked: so much speech at least, up to a pause of so long.
+FIRST_SPEECH = 3 * SAMPLE_RATE
+FIRST_PAUSE = 1 * SAMPLE_RATE - 2 * int(0.4 * SAMPLE_RATE)  # between spans, which are padded
 
 Span = tuple[int, int]  # start and end, in samples
 
 
 def detect_speech(samples: Samples) -> list[Span]:
-    """Where silero's model detects speech, with 0.2 s around it."""
+    """Where silero's model detects speech, with 0.4 s around it."""
     spans = []
     for start, end in split_at_quiet_points(samples, 0, len(samples), VAD_BLOCK):
-        for span in get_speech_timestamps(samples[start:end], VAD_OPTIONS):
+        dithered = np.random.default_rng(0).standard_normal(end - start, np.float32)
+        dithered *= DITHER
+        dithered += samples[start:end]
+        for span in get_speech_timestamps(dithered, VAD_OPTIONS):
             spans.append((start + span["start"], start + span["end"]))
     return spans
 
@@ -61,17 +73,36 @@ def split_at_quiet_points(samples: Samples, start: int, end: int, max_length: in
     return spans[::-1]
 
 
-def chunk_audio(samples: Samples, *, vad: bool, max_seconds: float) -> list[Span]:
+def first_speech_end(speech: Sequence[Span]) -> int:
+    """The end of the first speech, in samples: the first pause of a second after three seconds of speech."""
+    length = 0
+    for (start, end), (following, _) in pairwise(speech):
+        length += end - start
+        if length >= FIRST_SPEECH and following - end >= FIRST_PAUSE:
+            return end
+    return speech[-1][1] if speech else 0
+
+
+def chunk_audio(
+    samples: Samples,
+    speech: Sequence[Span] | None = None,
+    *,
+    max_seconds: float,
+    first_speech_alone: bool = False,
+) -> list[Span]:
     """Chunks of at most `max_seconds` to decode, in order, none overlapping the next.
 
-    With `vad` they hold the detected speech, neighbours together while they fit; without, all of the audio.
+    speech: as detected; neighbours come together while they fit. None: all of the audio is split.
+    first_speech_alone: no chunk goes on after the first speech, which says the language.
     Chunks without an audible sample are left out.
     """
     max_length = int(max_seconds * SAMPLE_RATE)
+    first_end = first_speech_end(speech) if speech and first_speech_alone else 0
     chunks: list[Span] = []
-    for span in detect_speech(samples) if vad else [(0, len(samples))]:
+    for span in [(0, len(samples))] if speech is None else speech:
         for start, end in split_at_quiet_points(samples, *span, max_length):
-            if chunks and vad and end - chunks[-1][0] <= max_length:
+            fits = bool(chunks) and speech is not None and end - chunks[-1][0] <= max_length
+            if fits and not chunks[-1][0] < first_end <= start:
                 chunks[-1] = (chunks[-1][0], end)
             else:
                 chunks.append((start, end))

@@ -41,7 +41,7 @@ def load(
     path = model_path.path
     model_type = read_json(path / "config.json").get("model_type")
     if model_type != "whisper":
-        if (path / "model.bin").exists() and (path / "vocabulary.json").exists():
+        if (path / "model.bin").exists() and next(path.glob("vocabulary.*"), None):
             message = f"{name} is a CTranslate2 model. Set ENGINE=faster-whisper."
         else:
             message = f"{name} is a model of the type {model_type}, not whisper."

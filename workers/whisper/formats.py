@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from shared.results import Media
+
 from .schemas import (
     Chunk,
     DurationUsage,
@@ -20,7 +22,7 @@ from .schemas import (
 )
 
 if TYPE_CHECKING:
-    from .transcriber import Transcript
+    from .transcript import Transcript
 
 
 def format_transcript(
@@ -51,6 +53,14 @@ def format_transcript(
         words=transcript.words if words else None,
         usage=DurationUsage(seconds=transcript.duration),
     )
+
+
+MEDIA_TYPES = {"text": "text/plain", "srt": "application/x-subrip", "vtt": "text/vtt"}
+
+
+def as_media(text: str, response_format: ResponseFormat) -> Media:
+    """A text for HTTP, with the content type of its format."""
+    return Media(text.encode(), f"{MEDIA_TYPES[response_format]}; charset=utf-8")
 
 
 def respond(

@@ -24,7 +24,8 @@ import io
 import os
 import random
 import wave
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -33,13 +34,15 @@ from shared import prewarm, startup
 from shared.device import pick_device
 from shared.jobs import Job, job_handler
 from shared.openai import ModelList, ModelsRequest, check_model, model_list
+from shared.results import Media
 from shared.settings import read_settings
 
-from .formats import respond, respond_openai
+from .formats import as_media, respond, respond_openai
 from .schemas import (
     OpenAIText,
     OpenAIVerbose,
     Settings,
+    StreamedSegment,
     TranscriptionRequest,
     TranslationRequest,
     WhisperRequest,
@@ -114,11 +117,11 @@ def load(settings: Settings) -> Model:
 )
 async def handler(
     request: WhisperRequest | TranscriptionRequest | TranslationRequest | ModelsRequest, job: Job
-) -> WhisperResponse | OpenAIText | OpenAIVerbose | ModelList | str:
+) -> WhisperResponse | OpenAIText | OpenAIVerbose | ModelList | Media | str:
     if isinstance(request, ModelsRequest):
         return model_list(model.name)
     transcriber = model.transcriber
-    on_progress = partial(report_progress, job)
+    on_progress = partial(report_progress, job) if job.transport == "queue" else None
     if isinstance(request, WhisperRequest):
         transcript = await transcriber.transcribe(request, on_progress=on_progress)
         language_name = transcriber.tokenizer.language_name(transcript.language)
@@ -127,7 +130,29 @@ async def handler(
     worker_request = request.to_worker_request()
     transcript = await transcriber.transcribe(worker_request, param="file", on_progress=on_progress)
     language_name = transcriber.tokenizer.language_name(transcript.language)
-    return respond_openai(request, worker_request.task, transcript, language_name)
+    answer = respond_openai(request, worker_request.task, transcript, language_name)
+    if job.transport == "http" and isinstance(answer, str):
+        return as_media(answer, request.response_format)
+    return answer
+
+
+@handler.streamed
+async def stream(
+    request: WhisperRequest | TranscriptionRequest | TranslationRequest, job: Job
+) -> AsyncIterator[StreamedSegment | WhisperResponse | str]:
+    """Segments as they are recognised; on OpenAI routes OpenAI's events, texts already."""
+    from .streams import stream_events, stream_segments
+
+    parts: AsyncGenerator[Any, None]
+    if isinstance(request, WhisperRequest):
+        chunks = model.transcriber.stream(request)
+        parts = stream_segments(request, chunks, model=model.name, revision=model.revision)
+    else:
+        check_model(request.model, model.name)
+        parts = stream_events(model.transcriber.stream(request.to_worker_request(), param="file"))
+    async with aclosing(parts):
+        async for part in parts:
+            yield part
 
 
 def report_progress(job: Job, done_s: float, total_s: float) -> None:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_v
 
 from shared.errors import invalid
 from shared.openai import OpenAIRequest
-from shared.requests import Request
+from shared.requests import MediaSource, Request
 from shared.settings import WorkerSettings
 
 ResponseFormat = Literal["json", "text", "srt", "vtt", "verbose_json"]
@@ -36,6 +36,11 @@ class Settings(WorkerSettings):
     model_timestamps: bool = Field(
         True, description="false for models tuned without timestamps: each chunk is then one segment"
     )
+    streaming: bool = Field(
+        False,
+        description="Answer through a generator, which can stream; RunPod then gives a plain job's answer as "
+        "a list of one. Over HTTP every worker streams",
+    )
     max_audio_seconds: float = Field(14_400, ge=1, le=86_400, description="Longest audio of a job")
     max_audio_mb: float = Field(200, gt=0, le=2000, description="Largest audio file of a job, in MB")
 
@@ -43,8 +48,12 @@ class Settings(WorkerSettings):
 # ---- the worker's own requests and responses -----------------------------------------------------------
 
 
+# Clients send null for what is unset.
+Stream = Annotated[bool, BeforeValidator(lambda value: value or False)]
+
+
 class WhisperRequest(Request):
-    audio: str = Field(description="The audio file: base64, a `data:` URI or an http(s) URL")
+    audio: MediaSource = Field(description="The audio file: base64, a `data:` URI or an http(s) URL")
     timestamps: Annotated[bool | Literal["word"], BeforeValidator(lambda value: value or False)] = Field(
         False, description="Return `chunks`: true, one for each segment; `word`, one for each word"
     )
@@ -71,11 +80,18 @@ class WhisperRequest(Request):
     clip_end: float | None = Field(
         None, gt=0, le=86_400, description="End of the part, in seconds; unset: the end of the audio"
     )
+    stream: Stream = Field(False, description="Send each segment as soon as it is recognised")
 
     @field_validator("language", mode="before")
     @classmethod
     def _detect(cls, value: Any) -> Any:
         return None if value in ("", "auto") else value
+
+    @model_validator(mode="after")
+    def _streams_json(self) -> WhisperRequest:
+        if self.stream and self.response_format != "json":
+            raise invalid("response_format", "a stream is json. Leave response_format out.")
+        return self
 
     @model_validator(mode="after")
     def _ends_after_start(self) -> WhisperRequest:
@@ -114,6 +130,12 @@ class Word(BaseModel):
     end: float = Field(description="Seconds of the audio")
 
 
+class StreamedSegment(Segment):
+    """A part of a streamed answer."""
+
+    words: list[Word] | None = Field(description="With `word_timestamps`, or `timestamps` of `word`")
+
+
 class WhisperResponse(BaseModel):
     text: str = Field(description="All recognised speech")
     chunks: list[Chunk] = Field(description="With `timestamps`: segments or words with their times")
@@ -138,20 +160,18 @@ def _as_list(value: Any) -> Any:
 
 
 class TranslationRequest(OpenAIRequest):
-    file: str = Field(description="The audio file: base64, a `data:` URI or an http(s) URL")
+    file: MediaSource = Field(description="The audio file: base64, a `data:` URI or an http(s) URL")
     model: str | None = Field(None, description="The served model's name")
     prompt: str | None = Field(None, max_length=4000, description="Text before the audio")
     response_format: ResponseFormat = Field("json", description="As OpenAI's")
     temperature: float = Field(0.0, ge=0, le=1, description="0: raised where the result is unlikely")
     vad: bool = Field(True, description="Not OpenAI's: false decodes all audio, speech or not")
-    stream: Annotated[bool | None, BeforeValidator(lambda value: value or None)] = Field(
-        None, description="Not served"
-    )
+    stream: Stream = Field(False, description="Send the text in events, as it is recognised")
 
     @model_validator(mode="after")
-    def _not_streamed(self) -> TranslationRequest:
-        if self.stream:
-            raise invalid("stream", "answers are not streamed here. Leave it out.", "unsupported")
+    def _streams_text(self) -> TranslationRequest:
+        if self.stream and self.response_format not in ("json", "text"):
+            raise invalid("response_format", "a stream has events of text. Leave response_format out.")
         return self
 
     def to_worker_request(self) -> WhisperRequest:
@@ -215,3 +235,13 @@ class OpenAIVerbose(BaseModel):
     segments: list[Segment] | None
     words: list[Word] | None
     usage: DurationUsage
+
+
+class TextDelta(BaseModel):
+    type: Literal["transcript.text.delta"] = "transcript.text.delta"
+    delta: str
+
+
+class TextDone(BaseModel):
+    type: Literal["transcript.text.done"] = "transcript.text.done"
+    text: str

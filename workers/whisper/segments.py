@@ -55,6 +55,14 @@ def needs_fallback(result: DecodeResult, text: str) -> bool:
     return not is_silence(result) and (result.avg_logprob < LOGPROB_THRESHOLD or repetitive)
 
 
+def likeliest(results: Sequence[tuple[DecodeResult, str]]) -> DecodeResult:
+    """The result, of those with their texts, that has the highest probability and does not repeat itself."""
+    candidates = [
+        result for result, text in results if compression_ratio(text) <= COMPRESSION_RATIO_THRESHOLD
+    ] or [result for result, _ in results]
+    return max(candidates, key=lambda result: result.avg_logprob)
+
+
 def compression_ratio(text: str) -> float:
     """Length of the text by its length under zlib: text that repeats itself has more than 2.4."""
     data = text.encode()

@@ -6,16 +6,11 @@ from collections.abc import Sequence
 
 import tokenizers
 from faster_whisper.tokenizer import Tokenizer
-from faster_whisper.transcribe import merge_punctuations
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
 from shared.errors import invalid
 
 from .schemas import Task
-
-# Punctuation that belongs to the word after it, or before it. transformers' lists.
-PREPENDED = "\"'“¡¿([{-"
-APPENDED = "\"'.。,，!！?？:：”)]}、"
 
 
 class WhisperTokenizer:
@@ -93,9 +88,7 @@ class WhisperTokenizer:
         return text
 
     def split_to_words(self, tokens: Sequence[int], language: str | None) -> list[tuple[str, int]]:
-        """The words of text tokens, punctuation included, and how many tokens each has."""
+        """The words and punctuation marks of text tokens, and how many tokens each has."""
         tokenizer = self._by_language.get((language or "en", "transcribe"), self._english)
         words, word_tokens = tokenizer.split_to_word_tokens(list(tokens))
-        alignment = [{"word": w, "tokens": t} for w, t in zip(words, word_tokens, strict=True)]
-        merge_punctuations(alignment, PREPENDED, APPENDED)
-        return [(entry["word"], len(entry["tokens"])) for entry in alignment if entry["tokens"]]
+        return [(word, len(ids)) for word, ids in zip(words, word_tokens, strict=True)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,35 +16,43 @@ from serving.dynamic_batching import DynamicBatcher
 from shared.decoding import load_bytes
 from shared.errors import invalid
 
-from .alignment import token_starts
-from .chunking import Span, chunk_audio
+from .chunking import Span, chunk_audio, detect_speech
 from .engine import SAMPLE_RATE, DecodeRequest, DecodeResult, Engine, Samples
 from .progress import OnProgress, Progress
-from .schemas import Segment, WhisperRequest, Word
-from .segments import TokenSegment, compression_ratio, is_silence, needs_fallback, split_segments
+from .schemas import WhisperRequest
+from .segments import is_silence, likeliest, needs_fallback, split_segments
 from .tokenizer import WhisperTokenizer
+from .transcript import Transcript
+from .words import Seconds
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # openai/whisper's
+# As faster-whisper's: the language is that of the first chunk in which it is so probable, or else, of so many
+# chunks, of the one in which it is most probable.
+LANGUAGE_PROBABILITY = 0.5
+LANGUAGE_CHUNKS = 3
 MAX_WINDOWS = 30  # of one chunk, each of whose results may leave out the end of its window
 DOWNLOAD_TIMEOUT_S = 120.0
 
 
-@dataclass
-class Transcript:
-    """The speech recognised in a chunk, or in all chunks of a job.
+@dataclass(frozen=True)
+class Audio:
+    """The part of a request's audio that is transcribed.
 
-    duration: of the audio, in seconds.
+    speech: spans of detected speech, in samples; empty without the detection. offset: start, in seconds.
     """
 
-    language: str | None
-    language_probability: float | None = None
-    segments: list[Segment] = field(default_factory=list)
-    words: list[Word] = field(default_factory=list)
-    duration: float = 0.0
+    samples: Samples
+    speech: Sequence[Span]
+    offset: float
 
-    @property
-    def text(self) -> str:
-        return "".join(segment.text for segment in self.segments).strip()
+    def speech_in(self, chunk: Span) -> list[Seconds]:
+        """Start and end of the speech in a chunk, in seconds of the request's audio."""
+        start, end = chunk
+        return [
+            (self.offset + max(first, start) / SAMPLE_RATE, self.offset + min(last, end) / SAMPLE_RATE)
+            for first, last in self.speech
+            if first < end and start < last
+        ]
 
 
 class Transcriber:
@@ -74,9 +84,20 @@ class Transcriber:
     async def transcribe(
         self, request: WhisperRequest, *, param: str = "audio", on_progress: OnProgress | None = None
     ) -> Transcript:
-        """The speech in the request's audio, which the client sent in the field `param`.
+        """All of the speech in the request's audio; see `stream`."""
+        async with aclosing(self.stream(request, param=param, on_progress=on_progress)) as chunks:
+            transcript = await anext(chunks)
+            async for chunk in chunks:
+                transcript.append(chunk)
+        return transcript
 
-        on_progress: called on the event loop while a long request runs. Raises JobError.
+    async def stream(
+        self, request: WhisperRequest, *, param: str = "audio", on_progress: OnProgress | None = None
+    ) -> AsyncGenerator[Transcript, None]:
+        """The transcript of each chunk in order, as soon as it is recognised; before them, an empty one.
+
+        param: the field in which the client sent the audio. on_progress: called on the event loop while a
+        long request runs. Raises JobError.
         """
         code = self.tokenizer.language_code(request.language, request.task)
         request = request.model_copy(update={"language": code})
@@ -86,85 +107,104 @@ class Transcriber:
         if request.clip_start and request.clip_start >= duration:
             message = f"{request.clip_start:g}, and the audio has {duration:g} seconds."
             raise invalid("clip_start", message)
+        yield Transcript(language=code, duration=duration)
         start = int(request.clip_start * SAMPLE_RATE)
         end = len(samples) if request.clip_end is None else int(request.clip_end * SAMPLE_RATE)
         samples = samples[start:end]
+        speech = await asyncio.to_thread(detect_speech, samples) if request.vad else None
         chunks = await asyncio.to_thread(
-            chunk_audio, samples, vad=request.vad, max_seconds=self.chunk_seconds
+            chunk_audio,
+            samples,
+            speech,
+            max_seconds=self.chunk_seconds,
+            first_speech_alone=request.language is None,
         )
-        transcripts = await self._transcribe_chunks(samples, chunks, request, prompt, on_progress)
-        spoken = [transcript for transcript in transcripts if transcript.segments]
-        segments = [segment for transcript in spoken for segment in transcript.segments]
-        for index, segment in enumerate(segments):
-            segment.id = index
-        return Transcript(
-            language=spoken[0].language if spoken else request.language,
-            language_probability=spoken[0].language_probability if spoken else None,
-            segments=segments,
-            words=[word for transcript in transcripts for word in transcript.words],
-            duration=duration,
-        )
+        segments = 0
+        audio = Audio(samples, speech or [], request.clip_start)
+        async with aclosing(self._transcribe_chunks(audio, chunks, request, prompt, on_progress)) as parts:
+            async for part in parts:
+                for index, segment in enumerate(part.segments, segments):
+                    segment.id = index
+                segments += len(part.segments)
+                yield part
 
-    async def _load_audio(self, audio: str, param: str) -> Samples:
+    async def _load_audio(self, audio: str | bytes, param: str) -> Samples:
         data = await load_bytes(audio, param=param, max_bytes=self.max_bytes, timeout_s=DOWNLOAD_TIMEOUT_S)
         return await asyncio.to_thread(
-            load_audio,
-            data,
-            rate=SAMPLE_RATE,
-            param=param,
-            max_seconds=self.max_seconds,
-            allow_empty=True,
+            load_audio, data, rate=SAMPLE_RATE, param=param, max_seconds=self.max_seconds
         )
 
     async def _transcribe_chunks(
         self,
-        samples: Samples,
+        audio: Audio,
         chunks: list[Span],
         request: WhisperRequest,
         prompt: list[int],
         on_progress: OnProgress | None,
-    ) -> list[Transcript]:
-        """The transcript of each chunk: one by one until the language is known, then all at once."""
+    ) -> AsyncGenerator[Transcript, None]:
+        """The transcript of each chunk: one by one until the language is known, then all at once.
+
+        Chunks in which another language was detected are then decoded again.
+        """
         progress = Progress(chunks, on_progress, at_least=2 * self.batch_size)
         # Features take a megabyte and more: enough for the batch that runs and the next.
         slots = asyncio.Semaphore(2 * self.batch_size)
 
         async def run(chunk: Span, request: WhisperRequest) -> Transcript:
             async with slots:
-                transcript = await self.transcribe_chunk(samples, chunk, request, prompt)
+                transcript = await self.transcribe_chunk(audio, chunk, request, prompt)
             progress.chunk_done(chunk)
             return transcript
 
         first: list[Transcript] = []
-        while request.language is None and chunks:
-            # The language of a job is that of its first speech. A chunk or two may turn out to have none.
-            chunk, *chunks = chunks
-            first.append(await run(chunk, request))
-            if first[-1].segments or len(first) == 3:
-                request = request.model_copy(update={"language": first[-1].language})
+        if request.language is None:
+            for chunk in chunks[:LANGUAGE_CHUNKS]:
+                first.append(await run(chunk, request))
+                if first[-1].segments and (first[-1].language_probability or 1.0) >= LANGUAGE_PROBABILITY:
+                    break
+            spoken = [transcript for transcript in first if transcript.segments] or first
+            surest = max(spoken, key=lambda t: t.language_probability or 0.0, default=None)
+            request = request.model_copy(update={"language": surest and surest.language})
+        for chunk, transcript in zip(chunks, first, strict=False):
+            if transcript.segments and transcript.language != request.language:
+                transcript = await self.transcribe_chunk(audio, chunk, request, prompt)
+                transcript.language_probability = surest.language_probability if surest else None
+            yield transcript
+        chunks = chunks[len(first) :]
+        tasks = [asyncio.create_task(run(chunk, request)) for chunk in chunks]
+
+        def cancel(_: object = None) -> None:
+            for task in tasks:
+                task.cancel()
+
+        # A generator suspended at a `yield` is not told when its task ends.
+        job = asyncio.current_task()
+        assert job is not None
+        job.add_done_callback(cancel)
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(run(chunk, request)) for chunk in chunks]
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+            for task in tasks:
+                yield await task
+        finally:
+            cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            job.remove_done_callback(cancel)
         await progress.settled()
-        return [*first, *(task.result() for task in tasks)]
 
     async def transcribe_chunk(
-        self, samples: Samples, chunk: Span, request: WhisperRequest, prompt: list[int]
+        self, audio: Audio, chunk: Span, request: WhisperRequest, prompt: list[int]
     ) -> Transcript:
         """The speech of one chunk. What a result leaves out at its end is decoded again from there on.
 
-        samples: of the request's clip. request: its language is a code, or None to be detected.
-        prompt: token ids.
+        request: its language is a code, or None to be detected. prompt: token ids.
         """
         start, end = chunk
         transcript = Transcript(language=request.language)
+        speech = audio.speech_in(chunk)
         windows = 0
         while start < end:
             windows += 1
             seconds = (end - start) / SAMPLE_RATE
-            result = await self.decode_with_fallback(samples[start:end], request, prompt)
+            result = await self.decode_with_fallback(audio.samples[start:end], request, prompt)
             if request.language is None:
                 transcript.language = result.language
                 transcript.language_probability = result.language_probability
@@ -177,17 +217,26 @@ class Transcriber:
                 rest = result.tokens[sum(len(tokens) for _, _, tokens in segments) :]
                 segments += [(covered, seconds, rest)] if rest else []
                 covered = seconds
-            window_start = request.clip_start + start / SAMPLE_RATE
-            await asyncio.to_thread(self._add_segments, transcript, segments, result, window_start)
+            window_start = audio.offset + start / SAMPLE_RATE
+            words_end = await asyncio.to_thread(
+                transcript.add_window, result, segments, self.tokenizer, start=window_start, speech=speech
+            )
+            covered = max(covered, words_end - window_start)
+            if seconds - covered < 0.5:
+                break
             start += max(1, round(covered * SAMPLE_RATE))
         return transcript
 
     async def decode_with_fallback(
         self, samples: Samples, request: WhisperRequest, prompt: list[int]
     ) -> DecodeResult:
-        """The result of a window at the first temperature that gives a probable text that does not repeat."""
+        """The result of a window at the first temperature that gives a probable text that does not repeat.
+
+        Where no temperature does, the likeliest of the results.
+        """
         features = await asyncio.to_thread(self.log_mel, samples)
         use_fallback = request.fallback and not request.temperature
+        results: list[tuple[DecodeResult, str]] = []
         for temperature in TEMPERATURES if use_fallback else (request.temperature,):
             decode_request = DecodeRequest(
                 features=features,
@@ -203,9 +252,11 @@ class Transcriber:
                 (result,) = await self._batcher.submit([decode_request])
             finally:
                 decode_request.cancelled = True  # a batch that still runs need not go on with it
-            if not needs_fallback(result, self.tokenizer.decode(result.tokens)):
-                break
-        return result
+            text = self.tokenizer.decode(result.tokens)
+            if not needs_fallback(result, text):
+                return result
+            results.append((result, text))
+        return likeliest(results)
 
     def log_mel(self, samples: Samples) -> NDArray[np.float32]:
         """Log-mel spectrogram of a window, (n_mels, 3000)."""
@@ -213,53 +264,3 @@ class Transcriber:
             samples, sampling_rate=SAMPLE_RATE, return_tensors="np"
         )["input_features"][0]
         return features
-
-    def _add_segments(
-        self, transcript: Transcript, segments: list[TokenSegment], result: DecodeResult, window_start: float
-    ) -> None:
-        """Append the segments of a window, and their words, to the transcript of its chunk.
-
-        window_start: in seconds of the audio.
-        """
-        ratio = compression_ratio(self.tokenizer.decode(result.tokens))
-        starts = token_starts(result)
-        used = 0  # text tokens of the segments before
-        for start, end, tokens in segments:
-            text_tokens = [token for token in tokens if token < self.tokenizer.eot]
-            if starts and text_tokens:
-                transcript.words += self._words(text_tokens, starts[used:], transcript.language, window_start)
-            used += len(text_tokens)
-            text = self.tokenizer.decode(text_tokens)
-            if text.strip():
-                segment = Segment(
-                    id=0,
-                    seek=round(window_start * 100),
-                    start=round(window_start + start, 3),
-                    end=round(window_start + end, 3),
-                    text=text,
-                    tokens=tokens,
-                    temperature=result.temperature,
-                    avg_logprob=round(result.avg_logprob, 4),
-                    compression_ratio=round(ratio, 3),
-                    no_speech_prob=round(result.no_speech_prob, 6),
-                )
-                transcript.segments.append(segment)
-
-    def _words(
-        self, tokens: list[int], starts: list[float], language: str | None, window_start: float
-    ) -> list[Word]:
-        """starts: seconds of the window at which each of `tokens` starts, and what follows them."""
-        words = []
-        first = 0
-        for word, count in self.tokenizer.split_to_words(tokens, language):
-            start, end = starts[first], starts[min(first + count, len(starts) - 1)]
-            first += count
-            if word.strip():
-                words.append(
-                    Word(
-                        word=word.strip(),
-                        start=round(window_start + start, 3),
-                        end=round(window_start + max(start, end), 3),
-                    )
-                )
-        return words

@@ -38,12 +38,17 @@ def hum(seconds: float) -> np.ndarray:
     return (0.01 * wave).astype(np.float32)
 
 
-def encoded(
+def encoded_bytes(
     samples: np.ndarray, format: str = "WAV", rate: int = SAMPLE_RATE, subtype: str | None = None
-) -> str:
+) -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, rate, format=format, subtype=subtype)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def encoded(samples: np.ndarray, *options: Any) -> str:
+    """In base64."""
+    return base64.b64encode(encoded_bytes(samples, *options)).decode()
 
 
 def written(

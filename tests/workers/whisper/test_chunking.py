@@ -52,13 +52,13 @@ def hours_of_bursts(hours: float, seed: int = 0) -> tuple[np.ndarray, Spans]:
 
 def test_hours_are_split_in_pauses_and_no_sample_is_lost() -> None:
     samples, marks = hours_of_bursts(2)
-    chunks = chunk_audio(samples, vad=False, max_seconds=30)
+    chunks = chunk_audio(samples, max_seconds=30)
     assert len(marks) > 800
     check_chunks(chunks, samples, marks)
     assert len(chunks) < len(samples) / SAMPLE_RATE / 19, "chunks are not much shorter than they may be"
 
 
-def test_detected_speech_is_gathered_into_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detected_speech_is_gathered_into_chunks() -> None:
     """With voice activity detection, what is not speech is left out only between chunks."""
     samples, marks = hours_of_bursts(1, seed=1)
     pad = SAMPLE_RATE // 10
@@ -66,8 +66,7 @@ def test_detected_speech_is_gathered_into_chunks(monkeypatch: pytest.MonkeyPatch
     # One of them is longer than a window: speech without a pause.
     spans[5:9] = [(spans[5][0], spans[8][1] + 40 * SAMPLE_RATE)]
     spans = spans[:6] + [span for span in spans[6:] if span[0] >= spans[5][1]]
-    monkeypatch.setattr(chunking, "detect_speech", lambda _: spans)
-    chunks = chunk_audio(samples, vad=True, max_seconds=30)
+    chunks = chunk_audio(samples, spans, max_seconds=30)
     assert all(0 < end - start <= 30 * SAMPLE_RATE for start, end in chunks)
     assert all(end <= start for (_, end), (start, _) in pairwise(chunks))
     for number, (start, end) in enumerate(spans):
@@ -75,6 +74,34 @@ def test_detected_speech_is_gathered_into_chunks(monkeypatch: pytest.MonkeyPatch
         assert sum(min(end, chunk[1]) - max(start, chunk[0]) for chunk in holding) == end - start
         assert len(holding) == 1 or number == 5
     assert len(chunks) < len(spans) / 2
+
+
+@pytest.mark.parametrize(
+    ("speech", "expected"),
+    [
+        # A second of silence ends the first speech, once it has three seconds; spans are padded by 0.4 s.
+        ([(0, 4), (4.3, 9)], [(0, 4), (4.3, 9)]),
+        ([(0, 4), (4.1, 9), (12, 14)], [(0, 9), (12, 14)]),
+        ([(0, 2), (5, 7), (9, 12), (14, 15)], [(0, 7), (9, 15)]),
+        ([(0, 2), (3, 4)], [(0, 4)]),
+        ([], []),
+    ],
+)
+def test_the_first_speech_is_a_chunk_of_its_own(
+    speech: list[tuple[float, float]], expected: list[tuple[float, float]]
+) -> None:
+    samples, _ = bursts(15)
+    spans = [(round(start * SAMPLE_RATE), round(end * SAMPLE_RATE)) for start, end in speech]
+    chunks = chunk_audio(samples, spans, max_seconds=30, first_speech_alone=True)
+    assert [(start / SAMPLE_RATE, end / SAMPLE_RATE) for start, end in chunks] == expected
+    assert len(chunk_audio(samples, spans, max_seconds=30)) == bool(speech)
+
+
+def test_speech_after_long_digital_silence_keeps_its_onset() -> None:
+    """The detection notices it late."""
+    samples = np.concatenate([silence(60), voice(3, 1), silence(2)])
+    (start, _), *_ = detect_speech(samples)
+    assert 59.5 <= start / SAMPLE_RATE <= 60
 
 
 @pytest.mark.parametrize(
@@ -86,7 +113,7 @@ def test_detected_speech_is_gathered_into_chunks(monkeypatch: pytest.MonkeyPatch
 )
 def test_all_points_are_weighed_together(seconds: list[float], most: int) -> None:
     samples, marks = bursts(*seconds)
-    chunks = chunk_audio(samples, vad=False, max_seconds=30)
+    chunks = chunk_audio(samples, max_seconds=30)
     check_chunks(chunks, samples, marks)
     assert len(chunks) <= most
 
@@ -95,27 +122,27 @@ def test_a_quiet_speaker_is_split_in_pauses_too() -> None:
     """Loudness is relative to the audio around it, not to all of it."""
     samples, marks = bursts(*[4, 0.5] * 200)
     samples[len(samples) // 2 :] *= 0.02
-    check_chunks(chunk_audio(samples, vad=False, max_seconds=30), samples, marks)
+    check_chunks(chunk_audio(samples, max_seconds=30), samples, marks)
 
 
 def test_audio_without_a_pause_is_split() -> None:
     noise = np.random.default_rng(0).normal(0, 0.1, 100 * SAMPLE_RATE).astype(np.float32)
     for samples in (sound(440, 100), noise):
-        check_chunks(chunk_audio(samples, vad=False, max_seconds=30), samples)
+        check_chunks(chunk_audio(samples, max_seconds=30), samples)
 
 
 @pytest.mark.parametrize("seconds", [0.01, 29.99, 30, 30.01, 60, 61.7])
 @pytest.mark.parametrize("limit", [1, 30])
 def test_any_length_is_split(seconds: float, limit: float) -> None:
     samples = np.full(int(seconds * SAMPLE_RATE), 0.1, np.float32)
-    check_chunks(chunk_audio(samples, vad=False, max_seconds=limit), samples, max_seconds=limit)
+    check_chunks(chunk_audio(samples, max_seconds=limit), samples, max_seconds=limit)
 
 
 def test_inaudible_chunks_are_left_out() -> None:
-    assert chunk_audio(silence(100), vad=False, max_seconds=30) == []
-    assert chunk_audio(silence(0), vad=False, max_seconds=30) == []
+    assert chunk_audio(silence(100), max_seconds=30) == []
+    assert chunk_audio(silence(0), max_seconds=30) == []
     samples = np.concatenate([silence(60), sound(440, 5), silence(60)])
-    chunks = chunk_audio(samples, vad=False, max_seconds=10)
+    chunks = chunk_audio(samples, max_seconds=10)
     assert len(chunks) <= 2
     assert chunks[0][0] <= 60 * SAMPLE_RATE
     assert chunks[-1][1] >= 65 * SAMPLE_RATE

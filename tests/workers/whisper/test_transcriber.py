@@ -129,6 +129,84 @@ async def test_an_improbable_result_is_decoded_again_at_a_higher_temperature(
         assert (segment["temperature"], segment["avg_logprob"]) == (temperatures[-1], logprob)
 
 
+@pytest.mark.parametrize(
+    ("repeats_at", "kept"), [([], 0.4), ([0.4], 0.0), ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], 0.4)]
+)
+async def test_where_every_temperature_fails_the_likeliest_result_is_kept(
+    loaded: Any, engine: RecordingEngine, repeats_at: list[float], kept: float
+) -> None:
+    """One that repeats itself only where all do."""
+    logprobs = {0.0: -1.2, 0.2: -1.5, 0.4: -1.1, 0.6: -2.0, 0.8: -3.0, 1.0: -5.5}
+    hello = loaded.transcriber.tokenizer.encode(" hello")
+
+    def failing(requests: Sequence[DecodeRequest]) -> list[DecodeResult]:
+        temperature = requests[0].temperature
+        tokens = hello * (40 if temperature in repeats_at else 1)
+        return [result(tokens, avg_logprob=logprobs[temperature], temperature=temperature)]
+
+    engine.run = failing
+    (segment,) = (await send())["segments"]
+    assert [request.temperature for (request,) in engine.batches] == list(logprobs)
+    assert (segment["temperature"], segment["avg_logprob"]) == (kept, logprobs[kept])
+
+
+@pytest.mark.parametrize(
+    ("detected", "language", "requested"),
+    [
+        # The first speech says it; so many chunks are asked where it does not for sure.
+        ([("fr", 0.9)], "fr", [None, "fr", "fr", "fr"]),
+        ([("th", 0.2), ("en", 0.7)], "en", [None, None, "en", "en", "en"]),
+        ([("th", 0.2), ("en", 0.3), ("fr", 0.4)], "fr", [None, None, None, "fr", "fr", "fr"]),
+    ],
+)
+async def test_the_language_is_that_of_the_first_speech(
+    loaded: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    detected: list[tuple[str, float]],
+    language: str,
+    requested: list[str | None],
+) -> None:
+    engine = RecordingEngine(loaded.transcriber.engine)
+    replace_engine(monkeypatch, loaded, engine, batch_size=1)
+    spans = [(start * SAMPLE_RATE, end * SAMPLE_RATE) for start, end in [(0, 5), (7, 25), (31, 56), (58, 80)]]
+    monkeypatch.setattr(transcriber_module, "detect_speech", lambda _: spans)
+    left = list(detected)
+
+    def detecting(requests: Sequence[DecodeRequest]) -> list[DecodeResult]:
+        code, probability = (requests[0].language, None) if requests[0].language else left.pop(0)
+        return [result([72], language=code, language_probability=probability)]
+
+    engine.run = detecting
+    answer = await send(sound(HELLO.hertz, 80), vad=True)
+    assert [request.language for (request,) in engine.batches] == requested
+    assert engine.batches[0][0].seconds == 5, "the first speech alone"
+    assert (answer["language"], answer["language_probability"]) == (language, max(p for _, p in detected))
+    assert len(answer["segments"]) == 4
+
+
+async def test_words_do_not_cover_pauses(loaded: Any, engine: RecordingEngine) -> None:
+    """As the alignment has it, the pause belongs to the full stop and to the word after it."""
+    tokenizer = loaded.transcriber.tokenizer
+    begin, texts = tokenizer.timestamp_begin, [" hello", " world", ".", " hello", " world"]
+    starts = [1.0, 1.3, 1.6, 5.0, 9.0, 9.3]  # seconds, of the texts and of the end
+    tokens, path, count = [], [], 0
+    for index, text in enumerate(texts):
+        ids = tokenizer.encode(text)
+        tokens += [*([begin + round(50 * starts[index])] if index in (0, 3) else []), *ids]
+        path += [(count + n, round(50 * starts[index])) for n in range(len(ids))]
+        count += len(ids)
+        tokens += [begin + 250] if index == 2 else []
+    path.append((count, round(50 * starts[-1])))
+    again = [begin + 470, *tokenizer.encode(" hello"), begin + 470]  # a segment without length
+    path += [(count + n + 1, 465) for n in range(len(again) - 2)]
+    engine.run = lambda requests: [result([*tokens, begin + 465, *again], alignment_path=path)]
+    answer = await send(sound(HELLO.hertz, 10), word_timestamps=True)
+    assert [(word["word"], word["start"], word["end"]) for word in answer["words"]] == [
+        ("hello", 1.0, 1.3), ("world.", 1.3, 1.6), ("hello", 8.4, 9.0), ("world", 9.0, 9.3),
+    ]  # fmt: skip
+    assert times(answer["segments"]) == [(1.0, 1.6), (8.4, 9.3)]
+
+
 async def test_a_repetitive_result_is_decoded_again(loaded: Any, engine: RecordingEngine) -> None:
     hello = loaded.transcriber.tokenizer.encode(" hello")
     engine.run = lambda requests: [result(hello * (1 if requests[0].temperature else 40))]
@@ -169,7 +247,8 @@ async def test_minutes_come_back_in_order_and_with_the_times_of_the_audio(
         assert [segment["text"].strip() for segment in segments] == [text for _, text in marks]
         assert answer["text"] == " ".join(text for _, text in marks)
         for (start, end), (mark, _) in zip(times(segments), marks, strict=True):
-            assert start <= mark + 0.05
+            # With words, segments have their times, which are rough: the model knows tones, not words.
+            assert start <= mark + (3 if answer["words"] else 0.05)
             assert mark < end + 0.6
         assert all(end <= start + 1e-6 for (_, end), (start, _) in pairwise(times(segments)))
         assert [segment["id"] for segment in segments] == list(range(len(marks)))
@@ -279,22 +358,22 @@ def whistles(monkeypatch: pytest.MonkeyPatch) -> Whistles:
     return engine
 
 
-@pytest.mark.soak
-async def test_an_hour_of_audio_does_not_stall_the_event_loop(whistles: Whistles) -> None:
+@pytest.mark.parametrize("minutes", [10, pytest.param(60, marks=pytest.mark.soak)])
+async def test_long_audio_does_not_stall_the_event_loop(whistles: Whistles, minutes: int) -> None:
     """With everything but the model and the speech detection, which run outside of the interpreter."""
     begin, hello = whistles.tokenizer.timestamp_begin, whistles.tokenizer.encode(" hello world")
     tokens = [token for at in range(0, 1400, 100) for token in (begin + at, *hello, begin + at + 100)]
     path = [(token, 2 * token) for token in range(14 * len(hello) + 1)]
     whistles.run = lambda requests: [result(tokens, alignment_path=path)] * len(requests)
     minute = np.concatenate([0.02 * np.concatenate([voice(5, n), silence(1)]) for n in range(10)])
-    audio = written(minute.astype(np.float32), "adts", "aac", SAMPLE_RATE, 24_000, repeat=60)
+    audio = written(minute.astype(np.float32), "adts", "aac", SAMPLE_RATE, 24_000, repeat=minutes)
     assert len(audio) < 20e6, "as much as the platform takes"
     await send(AUDIO, word_timestamps=True)
     for _ in range(3):  # a busy machine may stall the loop too, but not each time
         with longest_stall() as stall:
             answer = await send(audio, word_timestamps=True)
-        assert answer["duration"] == pytest.approx(3600, abs=30)
-        assert len(answer["words"]) > 3000
+        assert answer["duration"] == pytest.approx(60 * minutes, rel=0.01)
+        assert len(answer["words"]) > 50 * minutes
         if stall[0] < 0.1:
             break
     assert stall[0] < 0.1
