@@ -300,15 +300,6 @@ def test_a_lora_adapter(client: openai.OpenAI, platform: Platform) -> None:
     assert native["choices"][0]["message"]["content"] == says("other")
 
 
-def test_responses(client: openai.OpenAI) -> None:
-    answer = client.responses.create(model=NAME, input="Name three rivers.", max_output_tokens=20)
-    assert answer.usage is not None
-    assert answer.usage.output_tokens > 0
-    events = list(client.responses.create(model=NAME, input="Hi.", max_output_tokens=20, stream=True))
-    assert events[0].type == "response.created"
-    assert events[-1].type in ("response.completed", "response.incomplete")
-
-
 def test_other_routes(platform: Platform) -> None:
     def ask(route: str, **body: Any) -> Any:
         return runsync(platform, openai_route=route, openai_input=body)
