@@ -11,7 +11,7 @@ import re
 import unicodedata
 from functools import partial
 
-from num2words import num2words  # type: ignore[import-untyped]
+from num2words import num2words
 from TTS.tts.layers.xtts.zh_num2words import num2chn
 
 from .number_names import (
