@@ -34,8 +34,8 @@ _SPACE_GROUPS_AND_SIGN = re.compile(rf"{_SPACE_GROUPS.pattern}(?=(?:[.,]\d+)? ?[
 _MAGNITUDE = r"(?P<magnitude> (?:(?:[MmBb]|[Tt]r)[iy]l+[ijhy][oaõó]|мил+и)\w*)?"
 _SIGN = r"(?:R\$|[$€£¥₹₽₺₩])"
 _QUANTITY = re.compile(
-    rf"(?:(?P<minus>(?<![^\s(])[-−])?(?:(?P<before>{_SIGN}|%(?=\d)) ?)?"
-    rf"(?P<minus2>(?<![^\s(€$£])[-−])?(?P<number>{_NUMBER}){_MAGNITUDE}(?: ?(?P<after>{_SIGN}|[%°]))?)"
+    rf"(?P<minus>(?<![^\s(])[-−])?(?:(?P<before>{_SIGN}|%(?=\d)) ?)?"
+    rf"(?P<minus2>(?<![^\s(€$£])[-−])?(?P<number>{_NUMBER}){_MAGNITUDE}(?: ?(?P<after>{_SIGN}|[%°]))?"
 )
 _ORDINALS = {
     "en": r"(st|nd|rd|th)\b",
@@ -53,8 +53,7 @@ _ORDINALS = {
     "ko": r" ?(번째|째)",
 }
 _ORDINAL = {
-    language: re.compile(rf"(?<![\d.,])(\d{{1,9}}){suffix}(?P<next>(?=\s+(\w+)))?")
-    for language, suffix in _ORDINALS.items()
+    language: re.compile(rf"(?<![\d.,])(\d{{1,9}}){suffix}") for language, suffix in _ORDINALS.items()
 }
 _OBLIQUE = re.compile(r"\b(am|dem|den|zum|vom|im|beim|des)\s$", re.IGNORECASE)  # German: am dritten
 _CZECH_MONTH = re.compile(r"\s+(led|únor|břez|dub|květ|červ|srp|zář|říj|listopad|prosin)", re.IGNORECASE)
@@ -246,8 +245,9 @@ def _ordinal(match: re.Match[str], language: str) -> str:
         return match[0]  # the end of a sentence
     try:
         if language == "cs":
-            parts = [number] if number < 21 else [number // 10 * 10, number % 10]  # none from 100 on
-            words = " ".join(CZECH_ORDINALS[part] for part in parts if part)
+            known = number in CZECH_ORDINALS
+            parts = (number,) if known else (number // 10 * 10, number % 10)  # KeyError over 99
+            words = " ".join(CZECH_ORDINALS[part] for part in parts)
             if _CZECH_MONTH.match(after):
                 words = re.sub(r"ý\b", "ého", re.sub(r"í\b", "ího", words))
             return words
@@ -264,7 +264,7 @@ def _ordinal(match: re.Match[str], language: str) -> str:
         return _TURKISH_PART.sub(r"\1 ", words)
     if language in ("es", "it", "pt") and suffix[-1] in "ªa":
         return re.sub(r"o\b", "a", words)
-    if language == "fr" and suffix.startswith("re"):
+    if language == "fr" and number == 1 and suffix.startswith("re"):
         return "première"
     if language == "es" and suffix == "er":
         return words.removesuffix("o")
