@@ -155,8 +155,8 @@ async def test_where_every_temperature_fails_the_likeliest_result_is_kept(
     [
         # The first speech says it; so many chunks are asked where it does not for sure.
         ([("fr", 0.9)], "fr", [None, "fr", "fr", "fr"]),
-        ([("th", 0.2), ("en", 0.7)], "en", [None, None, "en", "en", "en"]),
-        ([("th", 0.2), ("en", 0.3), ("fr", 0.4)], "fr", [None, None, None, "fr", "fr", "fr"]),
+        ([("th", 0.1), ("en", 0.7)], "en", [None, None, "en", "en", "en"]),
+        ([("th", 0.1), ("en", 0.15), ("fr", 0.18)], "fr", [None, None, None, "fr", "fr", "fr"]),
     ],
 )
 async def test_the_language_is_that_of_the_first_speech(
@@ -205,6 +205,7 @@ async def test_words_do_not_cover_pauses(loaded: Any, engine: RecordingEngine) -
         ("hello", 1.0, 1.3), ("world.", 1.3, 1.6), ("hello", 8.4, 9.0), ("world", 9.0, 9.3),
     ]  # fmt: skip
     assert times(answer["segments"]) == [(1.0, 1.6), (8.4, 9.3)]
+    assert times((await send(sound(HELLO.hertz, 10)))["segments"]) == [(1.0, 5.0), (5.0, 9.3)]
 
 
 async def test_a_repetitive_result_is_decoded_again(loaded: Any, engine: RecordingEngine) -> None:
