@@ -76,6 +76,18 @@ def repeats_itself(tokens: Sequence[int], timestamp_begin: int) -> bool:
     return False
 
 
+def to_align(
+    requests: Sequence[DecodeRequest], results: Sequence[Sequence[int]], *, timestamp_begin: int, eot: int
+) -> list[int]:
+    """The indices of the results, tokens each, whose text tokens are to be aligned."""
+    return [
+        i
+        for i, (request, tokens) in enumerate(zip(requests, results, strict=True))
+        if any(token < eot for token in tokens)
+        and (request.word_timestamps or repeats_itself(tokens, timestamp_begin))
+    ]
+
+
 class Engine(Protocol):
     """One way to run the model. `decode` is called on one thread at a time, with requests of one `key`."""
 

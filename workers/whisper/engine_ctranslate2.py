@@ -25,7 +25,7 @@ from shared.errors import StartError
 from shared.logs import log
 from shared.volume import ModelPath, lease
 
-from .engine import MEDIAN_FILTER_WIDTH, TOKENS_PER_SECOND, DecodeRequest, DecodeResult, repeats_itself
+from .engine import MEDIAN_FILTER_WIDTH, TOKENS_PER_SECOND, DecodeRequest, DecodeResult, to_align
 from .processor import load_feature_extractor, load_tokenizer, read_json
 from .tokenizer import WhisperTokenizer
 
@@ -115,12 +115,7 @@ class CTranslate2Engine:
         eot = self.tokenizer.eot
         tokens = [[token for token in result.sequences_ids[0] if token != eot] for result in results]
         texts = [[token for token in made if token < eot] for made in tokens]
-        aligned = [
-            i
-            for i, request in enumerate(requests)
-            if texts[i]
-            and (request.word_timestamps or repeats_itself(tokens[i], self.tokenizer.timestamp_begin))
-        ]
+        aligned = to_align(requests, tokens, timestamp_begin=self.tokenizer.timestamp_begin, eot=eot)
         paths = self._alignment_paths(features, requests, prefixes, texts, aligned)
         return [
             DecodeResult(

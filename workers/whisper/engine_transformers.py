@@ -24,7 +24,7 @@ from shared.errors import StartError
 from shared.volume import ModelPath
 
 from .alignment import cross_attention
-from .engine import TOKENS_PER_SECOND, DecodeRequest, DecodeResult, repeats_itself
+from .engine import TOKENS_PER_SECOND, DecodeRequest, DecodeResult, to_align
 from .processor import load_feature_extractor, load_tokenizer, read_json
 from .timestamp_rules import TimestampRules
 from .tokenizer import WhisperTokenizer
@@ -107,12 +107,9 @@ class TransformersEngine:
             decode = self._sample if self.key(requests[0]) == 1 else self._beam_search
             decoded = decode(states, requests, prefixes)
             texts = [[token for token in d.tokens if token < self.tokenizer.eot] for d in decoded]
-            aligned = [
-                i
-                for i, (request, d) in enumerate(zip(requests, decoded, strict=True))
-                if texts[i]
-                and (request.word_timestamps or repeats_itself(d.tokens, self.tokenizer.timestamp_begin))
-            ]
+            made = [d.tokens for d in decoded]
+            begin, eot = self.tokenizer.timestamp_begin, self.tokenizer.eot
+            aligned = to_align(requests, made, timestamp_begin=begin, eot=eot)
             costs = self._alignment_costs(states, requests, prefixes, texts, aligned)
         return [
             DecodeResult(
