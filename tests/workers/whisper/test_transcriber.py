@@ -447,7 +447,7 @@ async def test_hours_of_voices_come_back_once_in_order_and_in_time(
     monkeypatch.setattr(transcriber_module, "chunk_audio", measured)
     tracemalloc.start()
     try:
-        answer = await send(audio, vad=True, word_timestamps=True)
+        answer = await send(audio, vad=True)
         peaks.append(tracemalloc.get_traced_memory()[1] - before)
     finally:
         tracemalloc.stop()
@@ -467,7 +467,4 @@ async def test_hours_of_voices_come_back_once_in_order_and_in_time(
     for (start, end, _), (begin, finish, _) in zip(joined, expected, strict=True):
         assert (start, end) == pytest.approx((begin, finish), abs=0.1)
     assert answer["text"] == "".join(text for *_, text in segments).strip()
-    assert [(word["start"], word["word"]) for word in answer["words"]] == [
-        (pytest.approx(start, abs=0.02), text.strip()) for start, _, text in segments
-    ]
     assert whistles.left_out > 100, "what results left out was decoded again"
