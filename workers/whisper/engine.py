@@ -13,6 +13,7 @@ from .schemas import Task
 
 SAMPLE_RATE = 16_000  # Hz, of the audio that the model takes
 TOKENS_PER_SECOND = 50  # states of the encoder for a second of audio, and timestamp tokens
+REPEATED_TOKENS = 5
 MEDIAN_FILTER_WIDTH = 7  # states, over which attention is smoothed before the alignment
 
 Samples = NDArray[np.float32]  # (samples,), mono at SAMPLE_RATE
@@ -25,7 +26,7 @@ class DecodeRequest:
     features: log-mel spectrogram, (n_mels, 3000), padded with silence. seconds: length of the audio in it.
     language: code; None: to be detected. prompt: token ids before the start of the transcript.
     temperature: 0 is greedy decoding, or beam search where beam_size is above 1.
-    word_timestamps: align the text tokens with the audio.
+    word_timestamps: align the text tokens with the audio; else that is done only for `repeats_itself`.
     cancelled: nobody waits for the result any more; set while the request is in a batch.
     """
 
@@ -47,8 +48,8 @@ class DecodeResult:
     tokens: text and timestamp tokens, without the end token.
     language_probability: None where the language was given.
     avg_logprob: mean log probability of the tokens, the end token included.
-    With word timestamps, one of: alignment_cost, (text tokens + 1, encoder states), which dynamic time
-    warping turns into a path; alignment_path, pairs of text token and encoder state.
+    Where the text tokens are aligned, one of: alignment_cost, (text tokens + 1, encoder states), which
+    dynamic time warping turns into a path; alignment_path, pairs of text token and encoder state.
     """
 
     tokens: list[int]
@@ -59,6 +60,32 @@ class DecodeResult:
     temperature: float = 0.0
     alignment_cost: NDArray[np.float32] | None = None
     alignment_path: list[tuple[int, int]] | None = None
+
+
+def repeats_itself(tokens: Sequence[int], timestamp_begin: int) -> bool:
+    """Whether a result has the same segment twice, of at least REPEATED_TOKENS: spoken twice, or made up."""
+    segments, text = set(), []
+    for token in [*tokens, timestamp_begin]:
+        if token < timestamp_begin:
+            text.append(token)
+        elif text:
+            if len(text) >= REPEATED_TOKENS and tuple(text) in segments:
+                return True
+            segments.add(tuple(text))
+            text = []
+    return False
+
+
+def to_align(
+    requests: Sequence[DecodeRequest], results: Sequence[Sequence[int]], *, timestamp_begin: int, eot: int
+) -> list[int]:
+    """The indices of the results, tokens each, whose text tokens are to be aligned."""
+    return [
+        i
+        for i, (request, tokens) in enumerate(zip(requests, results, strict=True))
+        if any(token < eot for token in tokens)
+        and (request.word_timestamps or repeats_itself(tokens, timestamp_begin))
+    ]
 
 
 class Engine(Protocol):

@@ -25,7 +25,7 @@ from shared.errors import StartError
 from shared.logs import log
 from shared.volume import ModelPath, lease
 
-from .engine import MEDIAN_FILTER_WIDTH, TOKENS_PER_SECOND, DecodeRequest, DecodeResult
+from .engine import MEDIAN_FILTER_WIDTH, TOKENS_PER_SECOND, DecodeRequest, DecodeResult, to_align
 from .processor import load_feature_extractor, load_tokenizer, read_json
 from .tokenizer import WhisperTokenizer
 
@@ -115,7 +115,8 @@ class CTranslate2Engine:
         eot = self.tokenizer.eot
         tokens = [[token for token in result.sequences_ids[0] if token != eot] for result in results]
         texts = [[token for token in made if token < eot] for made in tokens]
-        paths = self._alignment_paths(features, requests, prefixes, texts)
+        aligned = to_align(requests, tokens, timestamp_begin=self.tokenizer.timestamp_begin, eot=eot)
+        paths = self._alignment_paths(features, requests, prefixes, texts, aligned)
         return [
             DecodeResult(
                 tokens=made,
@@ -138,16 +139,16 @@ class CTranslate2Engine:
         requests: Sequence[DecodeRequest],
         prefixes: list[list[int]],
         texts: list[list[int]],
+        aligned: list[int],
     ) -> dict[int, list[tuple[int, int]]]:
-        """For each request with word timestamps, by index: pairs of text token and encoder state.
+        """For each request of the indices `aligned`: pairs of text token and encoder state.
 
         Requests of one language and task are aligned together. texts: the text tokens.
         """
         paths: dict[int, list[tuple[int, int]]] = {}
         groups: dict[tuple[int, ...], list[int]] = {}
-        for i, request in enumerate(requests):
-            if request.word_timestamps and texts[i]:
-                groups.setdefault(tuple(prefixes[i]), []).append(i)
+        for i in aligned:
+            groups.setdefault(tuple(prefixes[i]), []).append(i)
         for prefix, indices in groups.items():
             alignments = self.model.align(
                 ctranslate2.StorageView.from_array(features[indices]),

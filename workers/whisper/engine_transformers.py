@@ -24,7 +24,7 @@ from shared.errors import StartError
 from shared.volume import ModelPath
 
 from .alignment import cross_attention
-from .engine import TOKENS_PER_SECOND, DecodeRequest, DecodeResult
+from .engine import TOKENS_PER_SECOND, DecodeRequest, DecodeResult, to_align
 from .processor import load_feature_extractor, load_tokenizer, read_json
 from .timestamp_rules import TimestampRules
 from .tokenizer import WhisperTokenizer
@@ -107,7 +107,10 @@ class TransformersEngine:
             decode = self._sample if self.key(requests[0]) == 1 else self._beam_search
             decoded = decode(states, requests, prefixes)
             texts = [[token for token in d.tokens if token < self.tokenizer.eot] for d in decoded]
-            costs = self._alignment_costs(states, requests, prefixes, texts)
+            made = [d.tokens for d in decoded]
+            begin, eot = self.tokenizer.timestamp_begin, self.tokenizer.eot
+            aligned = to_align(requests, made, timestamp_begin=begin, eot=eot)
+            costs = self._alignment_costs(states, requests, prefixes, texts, aligned)
         return [
             DecodeResult(
                 tokens=sequence.tokens,
@@ -298,26 +301,26 @@ class TransformersEngine:
         requests: Sequence[DecodeRequest],
         prefixes: list[list[int]],
         texts: list[list[int]],
+        aligned: list[int],
     ) -> list[NDArray[np.float32] | None]:
-        """For each request with word timestamps: (text tokens + 1, states), for dynamic time warping.
+        """For each request of the indices `aligned`: (text tokens + 1, states), for dynamic time warping.
 
         texts: the text tokens.
         """
         tokenizer = self.tokenizer
         costs: list[NDArray[np.float32] | None] = [None] * len(requests)
-        chosen = [i for i, request in enumerate(requests) if request.word_timestamps and texts[i]]
-        if not chosen:
+        if not aligned:
             return costs
-        heads = [[token for token in prefixes[i] if token != tokenizer.no_timestamps] for i in chosen]
+        heads = [[token for token in prefixes[i] if token != tokenizer.no_timestamps] for i in aligned]
         sequences = [
             [*head, tokenizer.no_timestamps, *texts[i], tokenizer.eot]
-            for i, head in zip(chosen, heads, strict=True)
+            for i, head in zip(aligned, heads, strict=True)
         ]
-        lengths = [max(1, round(requests[i].seconds * TOKENS_PER_SECOND)) for i in chosen]
+        lengths = [max(1, round(requests[i].seconds * TOKENS_PER_SECOND)) for i in aligned]
         attention = cross_attention(
-            self.model.model.decoder, self.alignment_heads, sequences, states[chosen], lengths, tokenizer.eot
+            self.model.model.decoder, self.alignment_heads, sequences, states[aligned], lengths, tokenizer.eot
         )
-        for i, head, weights in zip(chosen, heads, attention, strict=True):
+        for i, head, weights in zip(aligned, heads, attention, strict=True):
             # The attention that makes a token is that of the position before it: from <|notimestamps|>, which
             # makes the first text token, to the last one, which makes the end.
             costs[i] = -weights[len(head) : -1]

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from shared import prewarm, startup
+from shared import prewarm, startup, telemetry
 from shared.device import pick_device
 from shared.jobs import Job, job_handler
 from shared.openai import ModelList, ModelsRequest, check_model, model_list
@@ -131,9 +131,10 @@ async def handler(
     transcript = await transcriber.transcribe(worker_request, param="file", on_progress=on_progress)
     language_name = transcriber.tokenizer.language_name(transcript.language)
     answer = respond_openai(request, worker_request.task, transcript, language_name)
-    if job.transport == "http" and isinstance(answer, str):
-        return as_media(answer, request.response_format)
-    return answer
+    if not isinstance(answer, str):
+        return answer
+    telemetry.observe("audio_seconds", transcript.duration)  # a text does not state it
+    return as_media(answer, request.response_format) if job.transport == "http" else answer
 
 
 @handler.streamed

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 
+from shared import telemetry
 from shared.openai import DONE, sse
 
 from .formats import respond
@@ -36,6 +37,7 @@ async def stream_events(chunks: Chunks) -> AsyncGenerator[str, None]:
     """OpenAI's events: the text of each segment, then all of it. The deltas joined are the text."""
     async with aclosing(chunks):
         transcript = await anext(chunks)
+        telemetry.observe("audio_seconds", transcript.duration)  # the events do not state it
         async for chunk in chunks:
             for segment in chunk.segments:
                 begun = bool(transcript.segments)

@@ -26,9 +26,9 @@ from .transcript import Transcript
 from .words import Seconds
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # openai/whisper's
-# As faster-whisper's: the language is that of the first chunk in which it is so probable, or else, of so many
-# chunks, of the one in which it is most probable.
-LANGUAGE_PROBABILITY = 0.5
+# The language is that of the first chunk in which it is so probable, or else, of so many chunks, of the one
+# in which it is most probable. Of a hundred languages, noise gets less than that for its likeliest.
+LANGUAGE_PROBABILITY = 0.2
 LANGUAGE_CHUNKS = 3
 MAX_WINDOWS = 30  # of one chunk, each of whose results may leave out the end of its window
 DOWNLOAD_TIMEOUT_S = 120.0
@@ -219,7 +219,13 @@ class Transcriber:
                 covered = seconds
             window_start = audio.offset + start / SAMPLE_RATE
             words_end = await asyncio.to_thread(
-                transcript.add_window, result, segments, self.tokenizer, start=window_start, speech=speech
+                transcript.add_window,
+                result,
+                segments,
+                self.tokenizer,
+                start=window_start,
+                speech=speech,
+                word_timestamps=request.wants_words,
             )
             covered = max(covered, words_end - window_start)
             if seconds - covered < 0.5:

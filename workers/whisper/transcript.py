@@ -11,6 +11,7 @@ from .schemas import Segment, Word
 from .segments import TokenSegment, compression_ratio
 from .tokenizer import WhisperTokenizer
 from .words import (
+    MIN_WORD_S,
     Seconds,
     TimedWord,
     cut_at_pauses,
@@ -59,10 +60,11 @@ class Transcript:
         *,
         start: float,
         speech: Sequence[Seconds],
+        word_timestamps: bool,
     ) -> float:
         """Append the segments of a window, and their words, and return when the last word ends.
 
-        As in openai/whisper, a segment without length is left out: it repeats what was said before.
+        A segment whose words have no length is left out: it repeats what was said before.
         start: of the window, in seconds of the audio; speech: the same. Takes some milliseconds of CPU.
         """
         ratio = compression_ratio(tokenizer.decode(result.tokens))
@@ -86,9 +88,10 @@ class Transcript:
                 cut_at_pauses(word, speech)
             if joined:
                 after = self.segments[-1].end if self.segments else start
-                times = fit_in_segment(joined, *times, after=after, lengths=lengths)
-            if joined and times[0] >= times[1]:
-                continue
+                fitted = fit_in_segment(joined, *times, after=after, lengths=lengths)
+                if fitted[1] - fitted[0] <= MIN_WORD_S * (len(joined) - 1):
+                    continue
+                times, joined = (fitted, joined) if word_timestamps else (times, [])
             self.segment_words.append(
                 [Word(word=word.text, start=round(word.start, 3), end=round(word.end, 3)) for word in joined]
             )

@@ -18,6 +18,7 @@ Seconds = tuple[float, float]  # start and end
 
 SENTENCE_ENDS = ".。!！?？"
 MAX_MEDIAN_S = 0.7
+MIN_WORD_S = 0.05  # nobody speaks twenty words a second
 SEGMENT_SLACK_S = 0.5  # a word that is so far outside of its segment is aligned badly
 
 # Punctuation that belongs to the word after it, or before it. transformers' lists.

@@ -162,10 +162,20 @@ def test_a_model_is_converted_once_and_a_converted_one_is_loaded_as_it_is(
     assert caught.value.code == "unsupported_architecture"
 
 
-def test_other_models_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"config.json": '{"model_type": "llava"}'}, "type llava"),
+        # CTranslate2's format, of newer and older converters.
+        ({"config.json": "{}", "model.bin": "", "vocabulary.json": "[]"}, "Set ENGINE=faster-whisper"),
+        ({"config.json": "{}", "model.bin": "", "vocabulary.txt": ""}, "Set ENGINE=faster-whisper"),
+    ],
+)
+def test_other_models_are_refused(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
     model_path = ModelPath(tmp_path, "some/model", None, "local", 0)
-    with pytest.raises(StartError, match="type llava") as caught:
+    with pytest.raises(StartError, match=message) as caught:
         engine_transformers.load(
             model_path, name="some/model", device=torch.device("cpu"), dtype=torch.float32, timestamps=True
         )

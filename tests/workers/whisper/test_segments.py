@@ -2,6 +2,7 @@
 
 import pytest
 
+from workers.whisper.engine import repeats_itself
 from workers.whisper.segments import compression_ratio, split_segments
 
 T = 1000  # the first timestamp token; tokens below it are text
@@ -35,6 +36,20 @@ def test_segments_are_split_as_in_openai_whisper(
     segments, end = split_segments(tokens, T, 20.0)
     shown = [(start, end, sum(token < T for token in made)) for start, end, made in segments]
     assert (shown, end) == (expected, covered)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([T, 1, 2, 3, 4, 5, T + 9, T + 9, 1, 2, 3, 4, 5], True),
+        ([T, 1, 2, 3, 4, 5, T + 9, T + 9, 6, T + 20, T + 20, 1, 2, 3, 4, 5, T + 30], True),
+        ([T, 1, 2, T + 9, T + 9, 1, 2, T + 20], False),  # so little may be spoken twice
+        ([T, 1, 2, 3, 4, 5, T + 9, T + 9, 1, 2, 3, 4, 6], False),
+        ([], False),
+    ],
+)
+def test_repeated_segments_are_noticed(tokens: list[int], expected: bool) -> None:
+    assert repeats_itself(tokens, T) == expected
 
 
 def test_the_compression_ratio_of_no_text_is_zero() -> None:

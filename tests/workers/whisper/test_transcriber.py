@@ -155,8 +155,8 @@ async def test_where_every_temperature_fails_the_likeliest_result_is_kept(
     [
         # The first speech says it; so many chunks are asked where it does not for sure.
         ([("fr", 0.9)], "fr", [None, "fr", "fr", "fr"]),
-        ([("th", 0.2), ("en", 0.7)], "en", [None, None, "en", "en", "en"]),
-        ([("th", 0.2), ("en", 0.3), ("fr", 0.4)], "fr", [None, None, None, "fr", "fr", "fr"]),
+        ([("th", 0.1), ("en", 0.7)], "en", [None, None, "en", "en", "en"]),
+        ([("th", 0.1), ("en", 0.15), ("fr", 0.18)], "fr", [None, None, None, "fr", "fr", "fr"]),
     ],
 )
 async def test_the_language_is_that_of_the_first_speech(
@@ -205,6 +205,7 @@ async def test_words_do_not_cover_pauses(loaded: Any, engine: RecordingEngine) -
         ("hello", 1.0, 1.3), ("world.", 1.3, 1.6), ("hello", 8.4, 9.0), ("world", 9.0, 9.3),
     ]  # fmt: skip
     assert times(answer["segments"]) == [(1.0, 1.6), (8.4, 9.3)]
+    assert times((await send(sound(HELLO.hertz, 10)))["segments"]) == [(1.0, 5.0), (5.0, 9.3)]
 
 
 async def test_a_repetitive_result_is_decoded_again(loaded: Any, engine: RecordingEngine) -> None:
@@ -446,7 +447,7 @@ async def test_hours_of_voices_come_back_once_in_order_and_in_time(
     monkeypatch.setattr(transcriber_module, "chunk_audio", measured)
     tracemalloc.start()
     try:
-        answer = await send(audio, vad=True, word_timestamps=True)
+        answer = await send(audio, vad=True)
         peaks.append(tracemalloc.get_traced_memory()[1] - before)
     finally:
         tracemalloc.stop()
@@ -466,7 +467,4 @@ async def test_hours_of_voices_come_back_once_in_order_and_in_time(
     for (start, end, _), (begin, finish, _) in zip(joined, expected, strict=True):
         assert (start, end) == pytest.approx((begin, finish), abs=0.1)
     assert answer["text"] == "".join(text for *_, text in segments).strip()
-    assert [(word["start"], word["word"]) for word in answer["words"]] == [
-        (pytest.approx(start, abs=0.02), text.strip()) for start, _, text in segments
-    ]
     assert whistles.left_out > 100, "what results left out was decoded again"
