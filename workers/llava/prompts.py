@@ -23,12 +23,8 @@ from serving.openai_chat import ChatCompletionRequest, ChatMessage, prompt_end
 from shared.decoding import load_bytes
 from shared.errors import invalid
 
-from .schemas import DEFAULT_MAX_TOKENS, MAX_IMAGES, GenerationRequest
+from .schemas import DEFAULT_MAX_TOKENS, MAX_IMAGES, UNSERVED_HERE, GenerationRequest
 
-UNSERVED_HERE: dict[str, Any] = {
-    "n": 1, "logprobs": False, "top_logprobs": 0, "tools": [], "chat_template_kwargs": {},
-}  # fmt: skip
-"""Fields that are refused beside UNSERVED, as there."""
 MAX_IMAGE_BYTES = 20 * 2**20
 # Pixels. Processors take an image of one or three lines for one with its channels first, and some refuse
 # images smaller than a patch.

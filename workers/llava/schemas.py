@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, Field, model_validator
 
 from serving.generation_fields import TOP_P, SamplingFields
@@ -20,6 +22,10 @@ from shared.settings import WorkerSettings
 DEFAULT_MAX_TOKENS = 512
 DEFAULT_PROMPT = "Describe this image."
 MAX_IMAGES = 32
+UNSERVED_HERE: dict[str, Any] = {
+    "n": 1, "logprobs": False, "top_logprobs": 0, "tools": [], "chat_template_kwargs": {},
+}  # fmt: skip
+"""Fields that are refused beside UNSERVED, as there, on the OpenAI route."""
 
 
 class Settings(WorkerSettings):
