@@ -43,7 +43,8 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase, template_owner: Any) -> list[i
             text = str(template_owner.apply_chat_template(messages, tokenize=False))
         except (TemplateError, ValueError, TypeError, KeyError):
             continue
-        after = text.rpartition(_ANSWER)[2].strip()
-        tokens = tokenizer.added_tokens_decoder.items()
-        return [token_id for token_id, token in tokens if after and after.startswith(token.content)]
+        _, answer, after = text.rpartition(_ANSWER)
+        if answer:  # a template for parts may read a string as nothing
+            tokens = tokenizer.added_tokens_decoder.items()
+            return [token_id for token_id, token in tokens if after.strip().startswith(token.content)]
     return []

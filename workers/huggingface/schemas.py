@@ -82,7 +82,9 @@ class Settings(WorkerSettings):
         description="Attention implementation of transformers, such as sdpa; unset: the model's default",
     )
     max_model_len: int | None = Field(
-        None, ge=16, description="Maximum tokens of a prompt with its output; unset: the model's own limit"
+        None,
+        ge=16,
+        description="Maximum tokens of a prompt with its output; at most, and by default, the model's own limit",
     )
     max_batch_size: int = Field(64, ge=1, le=1024, description="Maximum number of sequences in a batch")
     max_batch_tokens: int | None = Field(

@@ -36,7 +36,9 @@ class Settings(WorkerSettings):
         True, description="Run as a generator, which can stream; false: complete answers only"
     )
     max_model_len: int | None = Field(
-        None, ge=16, description="Maximum tokens of a prompt with its output; unset: the model's own limit"
+        None,
+        ge=16,
+        description="Maximum tokens of a prompt with its output; at most, and by default, the model's own limit",
     )
     max_batch_size: int = Field(32, ge=1, le=1024, description="Maximum number of sequences in a batch")
     max_batch_tokens: int | None = Field(

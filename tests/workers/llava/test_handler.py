@@ -156,7 +156,7 @@ async def test_stop_strings(worker: ModuleType, stop: Any, cut: str) -> None:
 
 
 async def test_fields_of_vllm(worker: ModuleType) -> None:
-    """The same on both routes; test_generator and the huggingface worker's tests have each field's meaning."""
+    """The same on both routes; the huggingface worker's tests have the meaning of each field."""
     bias = {str(worker.engine.generator.tokenizer.convert_tokens_to_ids("</s>")): 100.0}
     body = {"messages": question("red"), "logit_bias": bias, "max_tokens": 5}
     for fields, tokens in (({}, 1), ({"ignore_eos": True}, 5), ({"min_tokens": 3}, 4)):
@@ -171,7 +171,7 @@ async def test_fields_of_vllm(worker: ModuleType) -> None:
 
 
 async def test_an_answer_continues_the_last_message(worker: ModuleType) -> None:
-    begin = answer_to("blue")[:10]
+    begin = answer_to("blue")[:9]
     messages = [*question("blue"), {"role": "assistant", "content": begin.strip()}]
     answer = await send(worker.handler, messages=messages, continue_final_message=True)
     assert answer["usage"]["prompt_tokens"] > 23
