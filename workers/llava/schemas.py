@@ -38,7 +38,7 @@ class Settings(WorkerSettings):
     max_model_len: int | None = Field(
         None,
         ge=16,
-        description="Maximum tokens of a prompt with its output; at most, and by default, the model's own limit",
+        description="Maximum tokens of a prompt with its output; at most and by default the model's own",
     )
     max_batch_size: int = Field(32, ge=1, le=1024, description="Maximum number of sequences in a batch")
     max_batch_tokens: int | None = Field(
