@@ -14,21 +14,6 @@ from tools.models import local_env
 
 pytestmark = pytest.mark.engine
 
-# Each token takes 50 ms.
-SLOW = """
-import runpy, time
-from serving.continuous_batching.generator import Generator
-
-decode = Generator.decode
-
-def slow(self, batch):
-    time.sleep(0.05)
-    return decode(self, batch)
-
-Generator.decode = slow
-runpy.run_module("workers.{worker}.handler", run_name="__main__", alter_sys=True)
-"""
-
 
 @pytest.mark.parametrize(
     ("worker", "messages"),
@@ -37,7 +22,7 @@ runpy.run_module("workers.{worker}.handler", run_name="__main__", alter_sys=True
 def test_a_streamed_chat(worker: str, messages: Any) -> None:
     """Each token is sent as soon as there is one, in chunks with the fields that OpenAI's have."""
     env = {**local_env(worker), "OMP_NUM_THREADS": "1", "PREWARM": "false"}
-    with running(command=("-c", SLOW.format(worker=worker)), **env) as server:
+    with running(worker, module="tests.workers.slow_chat", **env) as server:
         url = f"http://127.0.0.1:{server.port}/v1"
         with openai.OpenAI(base_url=url, api_key="any", max_retries=0) as client:
             request: dict[str, Any] = {
