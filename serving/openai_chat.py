@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SkipValidation, model_validator
 from typing_extensions import TypedDict
 
+from serving.generation_fields import SamplingFields
 from shared.errors import invalid
 from shared.openai import DONE, OpenAIRequest, Usage, sse
 
@@ -59,41 +60,19 @@ class ChatMessage(OpenAIRequest):
 Messages = Annotated[list[ChatMessage], Field(min_length=1)]
 
 
-def _as_stop_list(value: Any) -> Any:
-    return [] if value is None else [value] if isinstance(value, str) else value
-
-
-Stop = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=200)]],
-    BeforeValidator(_as_stop_list),
-    Field(max_length=4),
-]
-"""Stop strings: one, or a list of up to four."""
-
-
 class StreamOptions(OpenAIRequest):
     include_usage: bool = Field(False, description="Send a last chunk with the usage of the request")
 
 
-class OpenAIGenerationRequest(OpenAIRequest):
+class OpenAIGenerationRequest(SamplingFields, OpenAIRequest):
     """What /v1/chat/completions and /v1/completions have in common.
 
     Unknown fields are kept: `refuse_unserved` finds those there that would change the answer.
     """
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="allow")
 
     model: str | None = Field(None, description="Name of the served model")
-    temperature: float | None = Field(
-        None, ge=0, le=2, description="Sampling temperature; 0: greedy decoding"
-    )
-    top_p: float | None = Field(
-        None, gt=0, le=1, description="Nucleus sampling: probability mass of the tokens to sample from"
-    )
-    seed: int | None = Field(None, description="Random seed: equal requests with equal seeds repeat")
-    stop: Stop = Field(
-        default=[], description="Up to four strings that end the generation; they are not returned"
-    )
     stream: bool | None = Field(None, description="Stream the response as server-sent events")
     stream_options: StreamOptions | None = Field(None, description="Options of a stream")
 
@@ -103,22 +82,28 @@ class OpenAIGenerationRequest(OpenAIRequest):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
+ADD_GENERATION_PROMPT = "false: the prompt ends after the last message, without the start of an answer"
+CONTINUE_FINAL_MESSAGE = "The answer continues the last message, which the prompt leaves open"
+
+
 class ChatCompletionRequest(OpenAIGenerationRequest):
     """The body of POST /v1/chat/completions."""
 
     messages: Messages = Field(description="The conversation so far")
     max_completion_tokens: int | None = Field(None, ge=1, description="Maximum number of generated tokens")
     max_tokens: int | None = Field(None, ge=1, description="Older name of `max_completion_tokens`")
+    add_generation_prompt: bool | None = Field(None, description=ADD_GENERATION_PROMPT)
+    continue_final_message: bool | None = Field(None, description=CONTINUE_FINAL_MESSAGE)
 
 
-def refuse_unserved(request: OpenAIRequest, **neutral: Any) -> None:
-    """Raise JobError for a field that this worker does not implement and that would change the answer.
-
-    neutral: the value of each such field that has no effect (`n=1`); null, 0 and empty values have none.
-    """
-    for name, value in (request.model_extra or {}).items():
-        if name in neutral and value and value != neutral[name]:
-            raise invalid(name, "not supported by this worker. Leave it out.", "unsupported")
+def prompt_end(request: Any) -> dict[str, bool]:
+    """How the chat template ends the prompt, as arguments of `apply_chat_template`."""
+    if request.continue_final_message and request.add_generation_prompt:
+        message = "cannot be combined with add_generation_prompt. Send one of them."
+        raise invalid("continue_final_message", message)
+    continues = bool(request.continue_final_message)
+    starts = not continues and request.add_generation_prompt is not False
+    return {"continue_final_message": continues, "add_generation_prompt": starts}
 
 
 # ---- responses -----------------------------------------------------------------------------------------

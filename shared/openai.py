@@ -7,9 +7,9 @@ request are ignored, as by other servers of this API: clients send extra fields.
 from __future__ import annotations
 
 import time
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from shared.errors import invalid
 
@@ -18,6 +18,12 @@ class OpenAIRequest(BaseModel):
     """Base of the requests on OpenAI routes."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_unset(cls, data: Any) -> Any:
+        """Clients that dump their models send null for every field that is not set."""
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
 
 
 class ModelsRequest(OpenAIRequest):

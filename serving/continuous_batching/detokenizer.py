@@ -7,15 +7,21 @@ from collections.abc import Callable, Sequence
 REPLACEMENT = "\ufffd"
 """What decoders give for bytes that are not a character, or not yet."""
 
+MAX_CONTEXT = 8  # tokens of the prompt
+
 
 class Detokenizer:
-    """Token ids to text as they come. The parts put together are `decode` of all ids at once."""
+    """Token ids to text as they come. The parts put together are `decode` of all ids at once.
 
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+    prompt_ids: the ids before them. Many decoders strip the space before the first token of a text, so that
+    the answer's first token needs some of the prompt: the text is `decode` of both, less the prompt's.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], prompt_ids: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._ids: list[int] = []  # context, whose text is out, and open ids: a decoder may look back
-        self._open = 0  # index of the first open id
-        self._context = ""  # text of the ids before it
+        # Context, whose text is out, and open ids: a decoder may look back.
+        self._ids, self._context = _context(decode, prompt_ids)
+        self._open = len(self._ids)  # index of the first open id
         self._emitted = 0  # characters of the open ids' text that are out
 
     def feed(self, ids: Sequence[int], *, last: bool = False) -> str:
@@ -31,6 +37,16 @@ class Detokenizer:
         return new
 
 
+def _context(decode: Callable[[list[int]], str], prompt_ids: Sequence[int]) -> tuple[list[int], str]:
+    """The shortest end of a prompt that has a text, and that text; nothing where none has."""
+    for size in range(1, min(len(prompt_ids), MAX_CONTEXT) + 1):
+        ids = list(prompt_ids[-size:])
+        text = decode(ids)
+        if text and not text.endswith(REPLACEMENT):
+            return ids, text
+    return [], ""
+
+
 class StopStrings:
     """Cuts a text before the stop string that ends first in it, and emits nothing that may be part of one.
 
@@ -40,22 +56,36 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._pending = ""
+        self._hidden: list[tuple[int, int]] = []  # stretches of it that are not emitted
 
-    def feed(self, text: str) -> tuple[str, bool]:
-        """The text that may be emitted now, and whether a stop string has ended it."""
+    def feed(self, text: str, *, hidden: bool = False) -> tuple[str, bool]:
+        """The text that may be emitted now, and whether a stop string has ended it.
+
+        hidden: `text` may be part of a stop string, and is not emitted.
+        """
         pending = self._pending + text
+        if hidden:
+            self._hidden.append((len(self._pending), len(pending)))
         ends = [(at + len(stop), -len(stop)) for stop in self._stops if (at := pending.find(stop)) >= 0]
         if ends:
             end, minus_length = min(ends)  # the first to end; of two, the longer
             self._pending = ""
-            return pending[: end + minus_length], True
+            return self._visible(pending[: end + minus_length]), True
         keep = max((_overlap(pending, stop) for stop in self._stops), default=0)
-        self._pending = pending[len(pending) - keep :]
-        return pending[: len(pending) - keep], False
+        size = len(pending) - keep
+        self._pending = pending[size:]
+        visible = self._visible(pending[:size])
+        self._hidden = [(max(0, start - size), end - size) for start, end in self._hidden if end > size]
+        return visible, False
 
     def rest(self) -> str:
         """The text that waits for the rest of a stop string, when no more text comes."""
-        return self._pending
+        return self._visible(self._pending)
+
+    def _visible(self, text: str) -> str:
+        for start, end in reversed(self._hidden):
+            text = text[:start] + text[end:]
+        return text
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
+from serving.continuous_batching.answer_text import AnswerText
 from serving.continuous_batching.decode_loop import DecodeLoop
-from serving.continuous_batching.detokenizer import Detokenizer, StopStrings
+from serving.continuous_batching.end_tokens import end_token_ids
 from serving.continuous_batching.kv_cache import (
     DecodeBatch,
     cache_budget,
@@ -36,6 +37,7 @@ from serving.continuous_batching.kv_cache import (
 )
 from serving.continuous_batching.sampling import Logprob, SamplingParams
 from serving.continuous_batching.text_sequence import FinishReason, TextSequence, collate, prefill_key
+from shared.device import leave_core_to_event_loop
 from shared.errors import JobError
 from shared.logs import log
 
@@ -61,8 +63,9 @@ class Generator(DecodeLoop[TextSequence]):
 
     max_batch_size: the most sequences that are decoded at a time. max_cache_tokens: the most tokens in the KV
     cache, padding and tokens still to come included; None: see `cache_budget`. A lone sequence may have more.
-    max_model_len: the most tokens of a prompt and its answer; None: the model's own limit. set_adapters:
-    called on the engine's thread before the model runs, with the `adapter` of each sequence of the batch.
+    max_model_len: the most tokens of a prompt and its answer; None, or more than it: the model's own limit.
+    processor: where it has the chat template in place of the tokenizer. set_adapters: called on the engine's
+    thread before the model runs, with the `adapter` of each sequence of the batch.
     """
 
     def __init__(
@@ -73,21 +76,32 @@ class Generator(DecodeLoop[TextSequence]):
         max_batch_size: int = 32,
         max_cache_tokens: int | None = None,
         max_model_len: int | None = None,
+        processor: Any = None,
         set_adapters: Callable[[list[str | None]], None] | None = None,
     ) -> None:
         super().__init__(input_device(model))
         config = model.config.get_text_config(decoder=True)
-        limits = (max_model_len, getattr(config, "max_position_embeddings", None))
+        own_limit = getattr(config, "max_position_embeddings", None)
+        limits = (max_model_len, own_limit)
         self.max_model_len: int | None = min((limit for limit in limits if limit), default=None)
+        if max_model_len and max_model_len > (self.max_model_len or 0):
+            log.warning(
+                "max_model_len=%d: the model takes %d tokens, which stays the limit", max_model_len, own_limit
+            )
         self.model, self.tokenizer, self.set_adapters = model, tokenizer, set_adapters
-        eos = model.generation_config.eos_token_id
-        eos = tokenizer.eos_token_id if eos is None else eos
-        self.eos_token_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        self.eos_token_ids = end_token_ids(model, tokenizer, processor or tokenizer)
+        self._special_tokens = {
+            token_id: token.content
+            for token_id, token in tokenizer.added_tokens_decoder.items()
+            if token.special
+        }
         pads = (tokenizer.pad_token_id, *self.eos_token_ids)
         self.pad_token_id: int = next((token_id for token_id in pads if token_id is not None), 0)
         self.max_batch_size = max_batch_size
         self.max_cache_tokens = max_cache_tokens or cache_budget(model)
         self.joins = supports_joining_batches(model)
+        self._cpu_threads = torch.get_num_threads() if self.device.type == "cpu" else 1
+        self.vocab_size: int = model.get_input_embeddings().weight.shape[0]
         self.repetition_penalty: float = model.generation_config.repetition_penalty or 1.0
         takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.last_logits: dict[str, Any] = {"logits_to_keep": 1} if takes_logits_to_keep else {}
@@ -145,39 +159,27 @@ class Generator(DecodeLoop[TextSequence]):
         """
         if params.repetition_penalty is None:
             params = replace(params, repetition_penalty=self.repetition_penalty)
+        eos = frozenset[int]() if params.ignore_eos else self.eos_token_ids
         sequence = TextSequence(
             params=params,
             prompt_ids=inputs["input_ids"][0],
             random=random.Random(params.seed),  # noqa: S311
+            end_token_ids=eos.union(params.stop_token_ids),
             inputs=inputs,
             prefill_key=prefill_key(inputs),
             each_token=each or bool(params.stop),
             adapter=adapter,
         )
-        detokenizer = Detokenizer(lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True))
-        stop_strings = StopStrings(params.stop)
-        text, num_tokens, reported = "", 0, 0  # reported: tokens of the deltas so far
-        reason: FinishReason | None = None
+        answer = AnswerText(self.tokenizer, params, sequence.prompt_ids, self._special_tokens)
+        text, reported = "", 0  # reported: tokens of the deltas so far
         self.submit(sequence)
         try:
-            while reason is None:
-                token_ids, reason = await sequence.next_update()
-                # A stop string is looked for after each token, so that the answer ends at the one it ends in.
-                groups = [[token_id] for token_id in token_ids] if params.stop else [token_ids]
-                for number, group in enumerate(groups, 1):
-                    num_tokens += len(group)
-                    last = reason is not None and number == len(groups)
-                    shown = group[:-1] if last and reason == "stop" else group  # without the end token
-                    new, stopped = stop_strings.feed(detokenizer.feed(shown, last=last))
-                    text += new
-                    if stopped:
-                        reason = "stop"
-                        break
-                if reason:
-                    text += stop_strings.rest()
-                if reason or (text and each):
-                    yield TextDelta(text, num_tokens, reason, tuple(sequence.logprobs[reported:num_tokens]))
-                    text, reported = "", num_tokens
+            while answer.finish_reason is None:
+                text += answer.feed(*await sequence.next_update())
+                if answer.finish_reason or (text and each):
+                    logprobs = tuple(sequence.logprobs[reported : answer.num_tokens])
+                    yield TextDelta(text, answer.num_tokens, answer.finish_reason, logprobs)
+                    text, reported = "", answer.num_tokens
         finally:
             sequence.finished = True
 
@@ -225,6 +227,7 @@ class Generator(DecodeLoop[TextSequence]):
         return DecodeBatch(sequences, output.past_key_values, mask), output.logits[:, -1]
 
     def decode(self, batch: DecodeBatch[TextSequence]) -> torch.Tensor:
+        leave_core_to_event_loop(self._cpu_threads, len(batch.sequences))
         self._select_adapters(batch.sequences)
         mask = torch.cat([batch.attention_mask, torch.ones_like(batch.attention_mask[:, :1])], dim=1)
         output = self.model(
@@ -238,7 +241,7 @@ class Generator(DecodeLoop[TextSequence]):
     def accept(self, sequence: TextSequence, token_id: int) -> None:
         sequence.token_ids.append(token_id)
         reason = None
-        if token_id in self.eos_token_ids:
+        if token_id in sequence.end_token_ids:
             reason = "stop"
         elif not sequence.remaining:
             reason = "length"

@@ -18,11 +18,14 @@ NO_TOKEN = -1
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one answer is sampled, with vLLM's names.
+    """How one answer is sampled, with vLLM's names and definitions.
 
     temperature: 0 is greedy decoding. seed: None gives another answer each time. top_k, min_p: 0 is off.
-    repetition_penalty: None is the model's own. logprobs: how many of the likeliest tokens are reported
-    beside each token; None: not even the token's own logprob.
+    repetition_penalty: None is the model's own. presence_penalty, frequency_penalty: of the answer's tokens.
+    logit_bias: (token id, what is added to its logit). stop_token_ids: end the answer as the end-of-sequence
+    tokens do. ignore_eos: only those others end it. min_tokens: no token and no stop string ends it before.
+    skip_special_tokens: leave special tokens out of the text. logprobs: how many of the likeliest tokens are
+    reported beside each token; None: not even the token's own logprob.
     """
 
     max_tokens: int
@@ -33,6 +36,13 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
     logprobs: int | None = None
 
 
@@ -54,7 +64,9 @@ def sample_next_tokens(logits: torch.Tensor, sequences: Sequence[ActiveSequence]
     logits: (batch, vocab). A sequence whose logits are not finite gets NO_TOKEN. Appends to the `logprobs` of
     sequences that ask for them.
     """
-    penalised = _apply_repetition_penalty(logits, sequences)  # (batch, vocab)
+    penalised = _apply_bias(logits, sequences)  # (batch, vocab)
+    penalised = _apply_repetition_penalty(penalised, sequences)
+    penalised = _apply_output_penalties(penalised, sequences)
     best, token_ids = penalised.max(dim=-1)  # (batch,), (batch,)
     drawn = [
         i for i, one in enumerate(sequences) if one.params.temperature >= MIN_TEMPERATURE and not one.finished
@@ -95,6 +107,56 @@ def _draw(logits: torch.Tensor, sequences: Sequence[ActiveSequence]) -> torch.Te
     last = (probs > 0).sum(dim=-1, keepdim=True) - 1  # (batch, 1); -1 where no probability is a number
     position = position.minimum(last).clamp(min=0)
     return order.gather(1, position).squeeze(1)
+
+
+def _apply_bias(logits: torch.Tensor, sequences: Sequence[ActiveSequence]) -> torch.Tensor:
+    """`logits`, (batch, vocab), with each sequence's logit_bias, and no end token before its min_tokens."""
+    asked = [
+        i
+        for i, one in enumerate(sequences)
+        if one.params.logit_bias or len(one.token_ids) < one.params.min_tokens
+    ]
+    if not asked:
+        return logits
+    result = logits.float().clone()
+    for i in asked:
+        one = sequences[i]
+        if one.params.logit_bias:
+            token_ids, bias = zip(*one.params.logit_bias, strict=True)
+            result[i, list(token_ids)] += torch.tensor(bias, device=logits.device)
+        if len(one.token_ids) < one.params.min_tokens:
+            result[i, list(one.end_token_ids)] = -torch.inf
+    return result
+
+
+def _apply_output_penalties(logits: torch.Tensor, sequences: Sequence[ActiveSequence]) -> torch.Tensor:
+    """`logits`, (batch, vocab), lowered for the tokens that a sequence's answer has.
+
+    The formula is OpenAI's: minus count * frequency_penalty, minus presence_penalty where the count is not 0.
+    """
+    asked = [
+        i for i, one in enumerate(sequences) if one.params.frequency_penalty or one.params.presence_penalty
+    ]
+    if not asked:
+        return logits
+    counts = torch.stack([_output_counts(sequences[i], logits) for i in asked])  # (asked, vocab)
+    penalties = [(sequences[i].params.frequency_penalty, sequences[i].params.presence_penalty) for i in asked]
+    frequency, presence = torch.tensor(penalties, device=logits.device).split(1, dim=1)  # (asked, 1) each
+    result = logits.float().clone()
+    result[asked] -= frequency * counts + presence * (counts > 0)
+    return result
+
+
+def _output_counts(sequence: ActiveSequence, logits: torch.Tensor) -> torch.Tensor:
+    """How often the answer so far has each token id, (vocab,). Kept in the sequence."""
+    counts = sequence.output_counts
+    if counts is None:
+        token_ids = torch.tensor(sequence.token_ids, dtype=torch.long, device=logits.device)
+        counts = torch.bincount(token_ids, minlength=logits.shape[-1]).float()
+        sequence.output_counts = counts
+    elif sequence.token_ids:
+        counts[sequence.token_ids[-1]] += 1
+    return counts
 
 
 def _apply_repetition_penalty(logits: torch.Tensor, sequences: Sequence[ActiveSequence]) -> torch.Tensor:

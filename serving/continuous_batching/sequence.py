@@ -17,18 +17,21 @@ class ActiveSequence:
     """What the decode loop needs of a sequence; engines add their own fields.
 
     prompt_ids: (prompt,), the token ids that the repetition penalty counts as seen from the start.
-    loop: the event loop of the job. updates: read there. finished: ended, failed, or not waited for any more.
-    seen_tokens: (vocab,), bool, once a repetition penalty has asked for it.
+    end_token_ids: those that end the answer. loop: the event loop of the job. updates: read there. finished:
+    ended, failed, or not waited for any more. seen_tokens: (vocab,), bool, once a repetition penalty has
+    asked for it. output_counts: (vocab,), once a frequency or presence penalty has.
     """
 
     params: SamplingParams
     prompt_ids: torch.Tensor
     random: random.Random
+    end_token_ids: frozenset[int] = frozenset()
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     updates: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
     seen_tokens: torch.Tensor | None = None
+    output_counts: torch.Tensor | None = None
     finished: bool = False
 
     @property

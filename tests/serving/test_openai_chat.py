@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from openai.types import chat
 
+from serving.generation_fields import refuse_unserved
 from serving.openai_chat import (
     ChatChunks,
     ChatCompletionRequest,
@@ -15,7 +16,6 @@ from serving.openai_chat import (
     TokenLogprob,
     chat_choice,
     chat_completion,
-    refuse_unserved,
 )
 from shared.errors import JobError
 from shared.openai import usage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from serving.openai_chat import refuse_unserved
+from serving.generation_fields import UNSERVED, refuse_unserved
 from shared.errors import invalid
 from shared.openai import check_model
 
@@ -13,20 +13,7 @@ from .schemas import GenerateRequest, GenerationRequest, OpenAICall
 
 def refuse_unsupported(request: OpenAICall) -> None:
     """Raise JobError for a field of OpenAI's that is not implemented and that would change the answer."""
-    refuse_unserved(
-        request,
-        functions=[],
-        response_format={"type": "text"},
-        presence_penalty=0,
-        frequency_penalty=0,
-        logit_bias={},
-        modalities=["text"],
-        audio=None,
-        echo=False,
-        best_of=1,
-        suffix="",
-        num_beams=1,
-    )
+    refuse_unserved(request, **UNSERVED)
     logprobs = (request.model_extra or {}).get("logprobs")  # 0 asks for those of the generated tokens alone
     if logprobs is not None and logprobs is not False:
         message = "this worker has none on /v1/completions, vllm has them. Use chat completions or vllm."

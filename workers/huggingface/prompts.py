@@ -13,7 +13,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from serving.continuous_batching.generator import Generator, TextDelta
+from serving.continuous_batching.request_params import sampling_params
 from serving.continuous_batching.sampling import SamplingParams
+from serving.generation_fields import refuse_lone_surrogates
+from serving.openai_chat import prompt_end
 from shared.errors import invalid
 
 from .schemas import (
@@ -50,7 +53,6 @@ class PromptReader:
 
     def __init__(self, generator: Generator, tokenizer: PreTrainedTokenizerBase, model: str) -> None:
         self._generator, self._tokenizer, self._model = generator, tokenizer, model
-        self._vocab_size = generator.model.get_input_embeddings().weight.shape[0]
         # One thread: a fast tokenizer must not be used by two at the same time.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
@@ -59,44 +61,48 @@ class PromptReader:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._read, request)
 
     def _read(self, request: GenerationRequest) -> Prompts:
+        for name in ("messages", "prompt", "tools", "chat_template_kwargs"):
+            refuse_lone_surrogates(getattr(request, name, None), name)
         token_ids, count = self._token_ids(request), request.n or 1
         if len(token_ids) * count > MAX_SEQUENCES:
             message = f"{len(token_ids)} prompts with {count} answers each are more than {MAX_SEQUENCES}."
             raise invalid("n", message)
-        field = "prompt" if getattr(request, "messages", None) is None else "messages"
-        renamed = getattr(request, "max_completion_tokens", None) is not None
-        params, sequences = sampling_params(request), []
+        sequences = []
         for ids in token_ids:
             if not ids:
                 raise invalid("prompt", "has no tokens. Send some text.", "empty")
-            if not 0 <= min(ids) <= max(ids) < self._vocab_size:
-                raise invalid("prompt", f"token ids range from 0 to {self._vocab_size - 1}.")
-            max_tokens = self._generator.fit_max_tokens(
-                len(ids),
-                params.max_tokens or None,
-                default=DEFAULT_MAX_TOKENS,
-                param=field,
-                max_tokens_param="max_completion_tokens" if renamed else "max_tokens",
+            if not 0 <= min(ids) <= max(ids) < self._generator.vocab_size:
+                raise invalid("prompt", f"token ids range from 0 to {self._generator.vocab_size - 1}.")
+            params = sampling_params(
+                request,
+                self._generator,
+                prompt_tokens=len(ids),
+                default_max_tokens=DEFAULT_MAX_TOKENS,
+                default_temperature=1.0,
+                prompt_param="prompt" if getattr(request, "messages", None) is None else "messages",
+                logprobs=num_logprobs(request),
             )
             tensor = torch.tensor([ids])  # (1, tokens)
             inputs = {"input_ids": tensor, "attention_mask": torch.ones_like(tensor)}
             for number in range(count):
                 seed = None if params.seed is None else params.seed + number
-                sequences.append((inputs, replace(params, max_tokens=max_tokens, seed=seed)))
+                sequences.append((inputs, replace(params, seed=seed)))
         return Prompts(sum(map(len, token_ids)), sequences)
 
     def _token_ids(self, request: GenerationRequest) -> list[list[int]]:
         if isinstance(request, CompletionRequest):
+            special = request.add_special_tokens is not False
             return [
-                self._tokenize(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompt
+                self._tokenize(prompt, add_special_tokens=special) if isinstance(prompt, str) else prompt
+                for prompt in request.prompt
             ]
         if request.messages is not None:
             return [self._apply_chat_template(request)]
         assert isinstance(request, GenerateRequest)
         return [self._tokenize(request.prompt or "")]
 
-    def _tokenize(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text)["input_ids"]
+    def _tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         return ids
 
     def _apply_chat_template(self, request: GenerateRequest | ChatRequest) -> list[int]:
@@ -108,43 +114,29 @@ class PromptReader:
         reserved = variables.keys() & {"messages", *inspect.signature(apply).parameters}
         if reserved:
             raise invalid("chat_template_kwargs", f"{min(reserved)!r} is no variable of the template.")
-        messages = [message.for_template() for message in request.messages or []]
+        messages = request.messages or []
         tools = None if getattr(request, "tool_choice", None) == "none" else request.tools or None
-        try:
-            ids: list[int] = apply(
-                messages,
-                tools=tools,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                **variables,
-            )
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            cause = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            message = f"the model's chat template refuses them: {cause}"
-            raise invalid("messages", message, "bad_prompt") from None
-        return ids
+        cause = ""
+        # Some templates take the arguments of tool calls as objects, some join them with other text.
+        for json_arguments in (False, True) if any(each.tool_calls for each in messages) else (False,):
+            try:
+                ids: list[int] = apply(
+                    [message.for_template(json_arguments=json_arguments) for message in messages],
+                    tools=tools,
+                    tokenize=True,
+                    return_dict=False,
+                    **prompt_end(request),
+                    **variables,
+                )
+            except (TemplateError, ValueError, TypeError, KeyError) as error:
+                cause = cause or (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            else:
+                return ids
+        raise invalid("messages", f"the model's chat template refuses them: {cause}", "bad_prompt")
 
 
-def sampling_params(request: GenerationRequest) -> SamplingParams:
-    """The request's parameters, `max_tokens` 0 where it has none. OpenAI's routes have OpenAI's defaults."""
-    max_tokens, logprobs = request.max_tokens, None
+def num_logprobs(request: GenerationRequest) -> int | None:
+    """How many of the likeliest tokens the request asks for beside each token; None: no log probabilities."""
     if isinstance(request, GenerateRequest):
-        temperature, top_p, logprobs = request.temperature, request.top_p, request.logprobs
-    else:
-        temperature = 1.0 if request.temperature is None else request.temperature
-        top_p = request.top_p or 1.0
-    if isinstance(request, ChatRequest):
-        max_tokens = request.max_completion_tokens or max_tokens
-        logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    return SamplingParams(
-        max_tokens or 0,
-        temperature,
-        top_p,
-        request.seed,
-        tuple(request.stop),
-        top_k=request.top_k or 0,
-        min_p=request.min_p or 0.0,
-        repetition_penalty=request.repetition_penalty,
-        logprobs=logprobs,
-    )
+        return request.logprobs
+    return (request.top_logprobs or 0) if isinstance(request, ChatRequest) and request.logprobs else None

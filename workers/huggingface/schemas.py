@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from serving.generation_fields import TOP_K, TOP_P, SamplingFields
 from serving.openai_chat import (
+    ADD_GENERATION_PROMPT,
+    CONTINUE_FINAL_MESSAGE,
     ChatCompletion,
     ChatCompletionRequest,
     OpenAIGenerationRequest,
-    Stop,
     TokenLogprobs,
     is_none,
 )
@@ -79,7 +82,9 @@ class Settings(WorkerSettings):
         description="Attention implementation of transformers, such as sdpa; unset: the model's default",
     )
     max_model_len: int | None = Field(
-        None, ge=16, description="Maximum tokens of a prompt with its output; unset: the model's own limit"
+        None,
+        ge=16,
+        description="Maximum tokens of a prompt with its output; at most and by default the model's own",
     )
     max_batch_size: int = Field(64, ge=1, le=1024, description="Maximum number of sequences in a batch")
     max_batch_tokens: int | None = Field(
@@ -118,22 +123,31 @@ class Message(OpenAIRequest):
     )
     tool_calls: list[dict[str, Any]] | None = Field(None, description="Tool calls of the assistant")
 
-    def for_template(self) -> dict[str, Any]:
-        """The message as chat templates expect it: content is a string, arguments of tools are objects."""
+    def for_template(self, *, json_arguments: bool = False) -> dict[str, Any]:
+        """The message as chat templates expect it: content is a string, arguments of tools are objects.
+
+        json_arguments: arguments of tools are JSON, for templates that join them with other text.
+        """
         message = {"role": self.role, "content": self.content or "", **(self.model_extra or {})}
         if self.tool_calls:
-            message["tool_calls"] = [_parse_arguments(call) for call in self.tool_calls]
+            message["tool_calls"] = [
+                _with_arguments(call, as_json=json_arguments) for call in self.tool_calls
+            ]
         return message
 
 
-def _parse_arguments(call: dict[str, Any]) -> dict[str, Any]:
+def _with_arguments(call: dict[str, Any], *, as_json: bool) -> dict[str, Any]:
+    """The tool call with arguments as JSON or as an object; as they are where they are not JSON."""
     function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+    if not isinstance(function, dict) or "arguments" not in function:
         return call
-    try:
-        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
-    except ValueError:
-        return call
+    arguments = function["arguments"]
+    with suppress(ValueError):
+        if as_json and not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        elif not as_json and isinstance(arguments, str):
+            arguments = json.loads(arguments)
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _as_prompts(value: Any) -> Any:
@@ -151,27 +165,13 @@ Messages = Annotated[list[Message], Field(min_length=1)]
 Tools = list[dict[str, Any]]
 MaxTokens = Annotated[int, Field(ge=1, le=1_000_000)]
 
-_TOP_K = "Sample from this many of the most likely tokens; 0: from all"
-_MIN_P = "Minimum probability of a token, as a share of the most likely token's"
-_TOP_P = "Nucleus sampling: probability mass of the tokens to sample from"
-_PENALTY = "Above 1: tokens that the text already has become less likely; unset: the model's own"
 _TEMPLATE_KWARGS = "Variables of the model's chat template, such as `enable_thinking`"
-
-
-class _Sampling(BaseModel):
-    """Sampling fields that open models have beyond OpenAI's own; clients send them in `extra_body`."""
-
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True, protected_namespaces=())
-
-    top_k: int | None = Field(None, ge=0, le=1_000_000, description=_TOP_K)
-    min_p: float | None = Field(None, ge=0, le=1, description=_MIN_P)
-    repetition_penalty: float | None = Field(None, ge=0.01, le=10, description=_PENALTY)
 
 
 # ---- the worker's own route ----------------------------------------------------------------------------
 
 
-class GenerateRequest(Request):
+class PromptFields(Request):
     messages: Messages | None = Field(None, description="A conversation, for models with a chat template")
     prompt: str | None = Field(
         None,
@@ -182,17 +182,12 @@ class GenerateRequest(Request):
     max_tokens: MaxTokens | None = Field(
         None, description="Maximum number of generated tokens; unset: 512, or as many as the model has left"
     )
+
+
+class GenerateRequest(SamplingFields, PromptFields):
     temperature: float = Field(0.7, ge=0, le=2, description="Sampling temperature; 0: greedy decoding")
-    top_p: float = Field(0.95, gt=0, le=1, description=_TOP_P)
-    top_k: int = Field(50, ge=0, le=1_000_000, description=_TOP_K)
-    min_p: float = Field(0.0, ge=0, le=1, description=_MIN_P)
-    repetition_penalty: float | None = Field(None, ge=0.01, le=10, description=_PENALTY)
-    seed: int | None = Field(
-        None, description="Random seed: equal requests with equal seeds repeat; unset: random"
-    )
-    stop: Stop = Field(
-        default=[], description="Up to four strings that end the generation; they are not returned"
-    )
+    top_p: float = Field(0.95, gt=0, le=1, description=TOP_P)
+    top_k: int = Field(50, ge=0, le=1_000_000, description=TOP_K)
     n: int = Field(1, ge=1, le=MAX_SEQUENCES, description="Number of answers, returned as `choices`")
     logprobs: int | None = Field(
         None,
@@ -202,6 +197,8 @@ class GenerateRequest(Request):
     )
     tools: Tools = Field(default=[], description="Tools in OpenAI's format, for the model's chat template")
     chat_template_kwargs: dict[str, Any] = Field(default={}, description=_TEMPLATE_KWARGS)
+    add_generation_prompt: bool | None = Field(None, description=ADD_GENERATION_PROMPT)
+    continue_final_message: bool | None = Field(None, description=CONTINUE_FINAL_MESSAGE)
     lora: str | None = Field(None, description="Name of an adapter of LORA; unset: the model without one")
     stream: bool = Field(False, description="Stream the answer while it is generated")
 
@@ -210,7 +207,7 @@ class GenerateRequest(Request):
         if (self.messages is None) == (self.prompt is None):
             given = "neither is given" if self.prompt is None else "both are given"
             raise invalid("prompt", f"send either messages or prompt; {given}.")
-        for name in ("tools", "chat_template_kwargs"):
+        for name in ("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"):
             if self.messages is None and getattr(self, name):
                 raise invalid(name, "needs messages.")
         return self
@@ -242,8 +239,8 @@ class GenerateResponse(BaseModel):
 # ---- OpenAI's routes -----------------------------------------------------------------------------------
 
 
-class ChatRequest(ChatCompletionRequest, _Sampling):
-    """The body of POST /v1/chat/completions: OpenAI's fields, and sampling fields of open models."""
+class ChatRequest(ChatCompletionRequest):
+    """The body of POST /v1/chat/completions."""
 
     messages: Messages = Field(description="The conversation so far")  # type: ignore[assignment]
     n: int | None = Field(None, ge=1, le=MAX_SEQUENCES, description="Number of choices")
@@ -258,7 +255,7 @@ class ChatRequest(ChatCompletionRequest, _Sampling):
     chat_template_kwargs: dict[str, Any] | None = Field(None, description=_TEMPLATE_KWARGS)
 
 
-class CompletionRequest(OpenAIGenerationRequest, _Sampling):
+class CompletionRequest(OpenAIGenerationRequest):
     """The body of POST /v1/completions."""
 
     prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_as_prompts)] = Field(
@@ -268,6 +265,9 @@ class CompletionRequest(OpenAIGenerationRequest, _Sampling):
         None, description="Maximum number of generated tokens of each choice; unset: 512"
     )
     n: int | None = Field(None, ge=1, le=MAX_SEQUENCES, description="Number of choices for each prompt")
+    add_special_tokens: bool | None = Field(
+        None, description="Add the tokenizer's special tokens to a prompt; unset: true"
+    )
 
 
 class CompletionChoice(BaseModel):

@@ -84,6 +84,7 @@ def load(settings: Settings) -> Engine:
         max_batch_size=settings.max_batch_size,
         max_cache_tokens=settings.max_batch_tokens,
         max_model_len=settings.max_model_len,
+        processor=processor,
     )
     served = (settings.public_name, settings.model_name)
     prompts = PromptReader(generator, processor)

@@ -8,19 +8,22 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from jinja2 import TemplateError
 from PIL.Image import Image
 
 from serving.continuous_batching.generator import Generator
+from serving.continuous_batching.request_params import sampling_params
 from serving.continuous_batching.sampling import SamplingParams
+from serving.generation_fields import UNSERVED, refuse_lone_surrogates, refuse_unserved
 from serving.image import load_image
-from serving.openai_chat import ChatCompletionRequest, ChatMessage, refuse_unserved
+from serving.openai_chat import ChatCompletionRequest, ChatMessage, prompt_end
 from shared.decoding import load_bytes
 from shared.errors import invalid
 
-from .schemas import DEFAULT_MAX_TOKENS, MAX_IMAGES, GenerationRequest
+from .schemas import DEFAULT_MAX_TOKENS, MAX_IMAGES, UNSERVED_HERE, GenerationRequest
 
 MAX_IMAGE_BYTES = 20 * 2**20
 # Pixels. Processors take an image of one or three lines for one with its channels first, and some refuse
@@ -54,19 +57,9 @@ class Conversation:
 def read_conversation(request: GenerationRequest) -> Conversation:
     """The conversation of a request. Raises JobError for fields that cannot be served."""
     if isinstance(request, ChatCompletionRequest):
-        refuse_unserved(
-            request,
-            n=1,
-            logprobs=False,
-            tools=[],
-            functions=[],
-            response_format={"type": "text"},
-            presence_penalty=0,
-            frequency_penalty=0,
-            logit_bias={},
-            modalities=["text"],
-            audio=None,
-        )
+        refuse_unserved(request, **UNSERVED, **UNSERVED_HERE)
+    for name in ("messages", "prompt", "system"):
+        refuse_lone_surrogates(getattr(request, name, None), name)
     if request.messages is not None:
         conversation = Conversation(_read_messages(request.messages), "messages")
     else:
@@ -145,11 +138,22 @@ class PromptReader:
             raise errors.exceptions[0] from None
         data = [load.result() for load in loads]
         loop = asyncio.get_running_loop()
-        inputs = await loop.run_in_executor(self._threads, self.encode, conversation, data)
-        return inputs, self._sampling_params(request, inputs["input_ids"].shape[1], conversation.param)
+        encode = partial(self.encode, conversation, data, **prompt_end(request))
+        inputs = await loop.run_in_executor(self._threads, encode)
+        params = sampling_params(
+            request,
+            self._generator,
+            prompt_tokens=inputs["input_ids"].shape[1],
+            default_max_tokens=DEFAULT_MAX_TOKENS,
+            default_temperature=0.0,
+            prompt_param=conversation.param,
+        )
+        return inputs, params
 
-    def encode(self, conversation: Conversation, images: Sequence[bytes]) -> dict[str, Any]:
-        """The model's inputs for a conversation. images: the files, in order."""
+    def encode(
+        self, conversation: Conversation, images: Sequence[bytes], **prompt_end: bool
+    ) -> dict[str, Any]:
+        """The model's inputs for a conversation. images: the files, in order. prompt_end: of the template."""
         files = zip(conversation.images, images, strict=True)
         messages: list[dict[str, Any]] = []
         for role, parts in conversation.messages:
@@ -161,7 +165,7 @@ class PromptReader:
         try:
             # Decoded images only: the processor would open URLs and paths by itself.
             inputs = self._processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+                messages, tokenize=True, return_dict=True, return_tensors="pt", **prompt_end
             )
         except (TemplateError, ValueError) as error:
             cause = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -182,21 +186,6 @@ class PromptReader:
                 )
                 raise invalid(param, message, "reserved_text")
         return {"type": "text", "text": part}
-
-    def _sampling_params(self, request: GenerationRequest, prompt_tokens: int, param: str) -> SamplingParams:
-        max_tokens, max_tokens_param = request.max_tokens, "max_tokens"
-        if isinstance(request, ChatCompletionRequest) and request.max_completion_tokens:
-            max_tokens, max_tokens_param = request.max_completion_tokens, "max_completion_tokens"
-        fitting = self._generator.fit_max_tokens(
-            prompt_tokens,
-            max_tokens,
-            default=DEFAULT_MAX_TOKENS,
-            param=param,
-            max_tokens_param=max_tokens_param,
-        )
-        return SamplingParams(
-            fitting, request.temperature or 0.0, request.top_p or 1.0, request.seed, tuple(request.stop)
-        )
 
 
 def _enlarge(image: Image) -> Image:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, Field, model_validator
 
-from serving.openai_chat import ChatCompletion, ChatCompletionRequest, Messages, Stop
+from serving.generation_fields import TOP_P, SamplingFields
+from serving.openai_chat import (
+    ADD_GENERATION_PROMPT,
+    CONTINUE_FINAL_MESSAGE,
+    ChatCompletion,
+    ChatCompletionRequest,
+    Messages,
+)
 from shared.errors import invalid
 from shared.openai import ModelList, ModelsRequest, Usage
 from shared.requests import Request
@@ -13,6 +22,10 @@ from shared.settings import WorkerSettings
 DEFAULT_MAX_TOKENS = 512
 DEFAULT_PROMPT = "Describe this image."
 MAX_IMAGES = 32
+UNSERVED_HERE: dict[str, Any] = {
+    "n": 1, "logprobs": False, "top_logprobs": 0, "tools": [], "chat_template_kwargs": {},
+}  # fmt: skip
+"""Fields that are refused beside UNSERVED, as there, on the OpenAI route."""
 
 
 class Settings(WorkerSettings):
@@ -23,7 +36,9 @@ class Settings(WorkerSettings):
         True, description="Run as a generator, which can stream; false: complete answers only"
     )
     max_model_len: int | None = Field(
-        None, ge=16, description="Maximum tokens of a prompt with its output; unset: the model's own limit"
+        None,
+        ge=16,
+        description="Maximum tokens of a prompt with its output; at most and by default the model's own",
     )
     max_batch_size: int = Field(32, ge=1, le=1024, description="Maximum number of sequences in a batch")
     max_batch_tokens: int | None = Field(
@@ -31,7 +46,7 @@ class Settings(WorkerSettings):
     )
 
 
-class LlavaRequest(Request):
+class PromptFields(Request):
     image: str | None = Field(None, description="An image: base64, a `data:` URI or an http(s) URL")
     images: list[str] = Field(
         default=[], max_length=MAX_IMAGES, description="Several images, instead of `image`"
@@ -47,16 +62,13 @@ class LlavaRequest(Request):
         le=32768,
         description="Maximum number of generated tokens; unset: 512, or as many as the model has left",
     )
+
+
+class LlavaRequest(SamplingFields, PromptFields):
     temperature: float = Field(0.0, ge=0, le=2, description="Sampling temperature; 0: greedy decoding")
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="Nucleus sampling: probability mass of the tokens to sample from"
-    )
-    seed: int | None = Field(
-        None, description="Random seed: equal requests with equal seeds repeat; unset: random"
-    )
-    stop: Stop = Field(
-        default=[], description="Up to four strings that end the generation; they are not returned"
-    )
+    top_p: float = Field(1.0, gt=0, le=1, description=TOP_P)
+    add_generation_prompt: bool | None = Field(None, description=ADD_GENERATION_PROMPT)
+    continue_final_message: bool | None = Field(None, description=CONTINUE_FINAL_MESSAGE)
     stream: bool = Field(False, description="Stream the answer while it is generated")
 
     @model_validator(mode="after")

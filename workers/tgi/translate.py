@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from serving.openai_chat import refuse_unserved
+from serving.generation_fields import refuse_unserved
 from shared.errors import JobError, invalid
 
 from .schemas import ChatRequest, GenerateRequest, OpenAICall

@@ -70,6 +70,16 @@ def test_text_in_parts_is_the_text_of_all_tokens(name: str, data: st.DataObject)
         assert "\ufffd" not in "".join(pieces[:-1]), "a piece ended within a character"
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_answer_is_the_text_after_the_prompts(size: int) -> None:
+    """Its first space too, which the decoder strips from a text."""
+    prompt, answer = ids_of("byte-fallback", " cats the cats"), ids_of("byte-fallback", " the cat s")
+    decode = TOKENIZERS["byte-fallback"].decode
+    detokenizer = Detokenizer(decode, prompt[-size:])
+    assert "".join(detokenizer.feed([token_id]) for token_id in answer) == " the cat s"
+    assert Detokenizer(decode, prompt).feed(answer, last=True) == " the cat s"
+
+
 def test_bytes_that_never_become_a_character_come_at_the_end() -> None:
     detokenizer = Detokenizer(TOKENIZERS["byte-level"].decode)
     emoji = ids_of("byte-level", "\U0001f600")
@@ -108,6 +118,18 @@ def test_a_stop_string_cuts_alike_however_the_text_is_cut(
     else:
         out += cutter.rest()
     assert (out, hit) == (expected, expected_hit)
+
+
+def test_hidden_text_is_part_of_a_stop_string_and_not_emitted() -> None:
+    cutter = StopStrings(["b<|x|>c"])
+    assert cutter.feed("a") == ("a", False)
+    assert cutter.feed("<|x|>", hidden=True) == ("", False)
+    assert cutter.feed("ab") == ("a", False)
+    assert cutter.feed("<|x|>", hidden=True) == ("", False)
+    assert cutter.rest() == "b"
+    assert cutter.feed("db") == ("bd", False)
+    assert cutter.feed("<|x|>", hidden=True) == ("", False)
+    assert cutter.feed("c") == ("", True)
 
 
 def test_only_what_may_become_a_stop_string_is_held_back() -> None:

@@ -68,6 +68,30 @@ def test_the_repetition_penalty_is_for_the_tokens_of_prompt_and_answer() -> None
     assert sample_next_tokens(logits, sequences) == [0, 0, 0]  # 3 / 1.3 is more than 2.5 / 1.3
 
 
+def test_presence_and_frequency_penalties_are_for_the_tokens_of_the_answer() -> None:
+    """The prompt's count for none of them. Each step counts the newest token."""
+    logits = torch.tensor([[3.0, 2.0, 1.0]]).repeat(3, 1)
+    penalties = ({"presence_penalty": 1.5}, {"frequency_penalty": 0.6}, {})
+    sequences = [sequence(prompt=(0, 0), **penalty) for penalty in penalties]
+    generated = []
+    for _ in range(4):
+        token_ids = sample_next_tokens(logits, sequences)
+        for one, token_id in zip(sequences, token_ids, strict=True):
+            one.token_ids.append(token_id)
+        generated.append(token_ids)
+    # 3 - 1.5 < 2, then 2 - 1.5 < 3 - 1.5; 3 - 0.6 > 2 and 3 - 2 * 0.6 < 2, then 2 - 0.6 < 3 - 2 * 0.6
+    assert generated == [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 0]]
+
+
+def test_a_logit_bias_and_min_tokens_change_the_logits() -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0]]).repeat(3, 1)
+    sequences = [sequence(logit_bias=((2, 2.5), (0, -0.5))), sequence(min_tokens=2), sequence()]
+    sequences[1].end_token_ids = frozenset({0, 1})
+    assert sample_next_tokens(logits, sequences) == [2, 2, 0]
+    sequences[1].token_ids += [2, 2]
+    assert sample_next_tokens(logits, sequences) == [2, 0, 0]
+
+
 def test_logprobs_are_those_of_the_logits_without_penalty_and_temperature() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log().repeat(3, 1)
     sequences = [

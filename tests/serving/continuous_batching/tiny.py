@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -22,6 +22,7 @@ class Letters:
 
     eos_token_id = None
     pad_token_id = None
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
         return "".join(chr(token_id) for token_id in ids)

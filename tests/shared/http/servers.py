@@ -102,7 +102,7 @@ def running(
     server = Server(process, port)
     try:
         if until_ping:
-            wait_until(lambda: server.ping() == until_ping or process.poll() is not None, 60)
+            wait_until(lambda: server.ping() == until_ping or process.poll() is not None, 180)
             assert process.poll() is None, "".join(server.log)
         yield server
     finally:

@@ -116,6 +116,42 @@ async def test_stop_strings(worker: ModuleType) -> None:
         assert ("".join(part["response"] for part in parts), end["finish_reason"]) == (cut, "stop")
 
 
+@pytest.mark.parametrize(
+    ("token", "fields", "expected"),
+    [
+        ("<|im_end|>", {}, ("", 1, "stop")),
+        ("<|im_end|>", {"ignore_eos": True}, ("", 6, "length")),
+        ("<|im_end|>", {"min_tokens": 4}, ("The" * 4, 5, "stop")),
+        ("<|im_end|>", {"skip_special_tokens": False, "ignore_eos": True}, ("<|im_end|>" * 6, 6, "length")),
+        ("<|im_start|>", {}, ("", 6, "length")),
+        ("<|im_start|>", {"stop": "<|im_start|>"}, ("", 1, "stop")),
+        ("<|im_start|>", {"stop": ["x", "<|im_start|><|im_start|>"]}, ("", 2, "stop")),
+        ("<|im_start|>", {"stop": "<|im_start|>", "min_tokens": 3}, ("", 4, "stop")),
+        ("<|im_start|>", {"stop": "<|im_start|>", "skip_special_tokens": False}, ("", 1, "stop")),
+        ("The", {"stop": "<|im_start|>"}, ("The" * 6, 6, "length")),
+        ("The", {"stop_token_ids": ["The"]}, ("", 1, "stop")),
+        ("The", {"stop": "TheT"}, ("", 2, "stop")),
+        ("The", {"stop": "heT", "min_tokens": 2}, ("TheTheT", 4, "stop")),
+    ],
+)
+async def test_what_ends_an_answer(
+    worker: ModuleType, token: str, fields: dict[str, Any], expected: tuple[str, int, str]
+) -> None:
+    """Of a model that generates one token again and again, and "The" where that is not allowed."""
+    tokenizer = tokenizer_of(worker)
+    ids = [tokenizer.convert_tokens_to_ids(each) for each in (token, "The")]
+    if "stop_token_ids" in fields:
+        fields = {"stop_token_ids": [ids[0]]}
+    bias = {str(ids[1]): 50.0, str(ids[0]): 100.0}
+    body = {"prompt": "The river", "max_tokens": 6, "temperature": 0, "logit_bias": bias, **fields}
+    answer = await send(worker.handler, **body)
+    assert (answer["response"], answer["usage"]["completion_tokens"], answer["finish_reason"]) == expected
+    *parts, _ = await stream(worker.handler, **body, stream=True)
+    assert "".join(part["response"] for part in parts) == expected[0]
+    completion = await openai(worker.handler, "/v1/completions", **body)
+    assert (completion["choices"][0]["text"], completion["usage"]) == (expected[0], answer["usage"])
+
+
 async def test_end_tokens_are_those_of_the_generation_config(worker: ModuleType, tmp_path: Path) -> None:
     """Several of them; the one that ended the answer is counted and not shown."""
     import torch

@@ -68,7 +68,7 @@ def test_prompts_of_other_types_are_refused_by_name(prompt: Any) -> None:
         ("logprobs", 3),
         ("best_of", 2),
         ("echo", True),
-        ("logit_bias", {"5": 1}),
+        ("guided_json", {"type": "object"}),
     ],
 )
 def test_openai_fields_without_a_meaning_here_are_refused_by_name(field: str, value: Any) -> None:

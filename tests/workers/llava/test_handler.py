@@ -155,6 +155,29 @@ async def test_stop_strings(worker: ModuleType, stop: Any, cut: str) -> None:
     assert end == {**answer, "response": ""}
 
 
+async def test_fields_of_vllm(worker: ModuleType) -> None:
+    """The same on both routes; the huggingface worker's tests have the meaning of each field."""
+    bias = {str(worker.engine.generator.tokenizer.convert_tokens_to_ids("</s>")): 100.0}
+    body = {"messages": question("red"), "logit_bias": bias, "max_tokens": 5}
+    for fields, tokens in (({}, 1), ({"ignore_eos": True}, 5), ({"min_tokens": 3}, 4)):
+        native = await send(worker.handler, **body, **fields)
+        chat = await openai(worker.handler, "/v1/chat/completions", **body, **fields)
+        assert native["usage"]["completion_tokens"] == chat["usage"]["completion_tokens"] == tokens
+        assert native["response"] == chat["choices"][0]["message"]["content"]
+    answer = await send(
+        worker.handler, **{**body, "stop": "</s>", "ignore_eos": True, "skip_special_tokens": False}
+    )
+    assert (answer["response"], answer["finish_reason"]) == ("", "stop")
+
+
+async def test_an_answer_continues_the_last_message(worker: ModuleType) -> None:
+    begin = answer_to("blue")[:9]
+    messages = [*question("blue"), {"role": "assistant", "content": begin.strip()}]
+    answer = await send(worker.handler, messages=messages, continue_final_message=True)
+    assert answer["usage"]["prompt_tokens"] > 23
+    assert begin + answer["response"] == answer_to("blue")
+
+
 async def test_max_tokens(worker: ModuleType) -> None:
     answer = await send(worker.handler, image=png("blue"), prompt=WHAT, max_tokens=5)
     assert (answer["finish_reason"], answer["usage"]["completion_tokens"]) == ("length", 5)

@@ -117,8 +117,8 @@ def test_invalid_fields_are_refused_by_name(payload: dict[str, Any], param: str,
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("n", 2), ("logprobs", True), ("tools", [{"type": "function"}]), ("frequency_penalty", 0.5),
-     ("response_format", {"type": "json_object"}), ("logit_bias", {"5": 1})],
+    [("n", 2), ("logprobs", True), ("tools", [{"type": "function"}]), ("top_logprobs", 2),
+     ("response_format", {"type": "json_object"}), ("guided_regex", "a+")],
 )  # fmt: skip
 def test_openai_fields_without_a_meaning_here_are_refused(field: str, value: Any) -> None:
     with pytest.raises(JobError) as caught:
