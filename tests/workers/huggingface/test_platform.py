@@ -77,7 +77,7 @@ def test_completions_of_several_prompts(client: openai.OpenAI) -> None:
     ("fields", "code"),
     [
         ({"model": "gpt-4o"}, "model_not_found"),
-        ({"frequency_penalty": 1.0}, "unsupported"),
+        ({"extra_body": {"echo": True}}, "unsupported"),
         ({"extra_body": {"num_beams": 2}}, "unsupported"),
         ({"max_tokens": 5000}, "too_long"),
     ],
