@@ -57,19 +57,6 @@ def share_cores(batches: int, running: int) -> None:
         torch.set_num_threads(max(1, batches // max(1, running)))
 
 
-def leave_core_to_event_loop(threads: int, streams: int) -> None:
-    """Set how many of `threads` torch uses in the calling thread: one less beside more than 4 streams.
-
-    The event loop that sends the streams takes a core. A thread that waits for a core delays every operation
-    of the others: on 2 cores beside two busy processes, 50 streams of a tiny Llama took 6.9 s on two threads
-    and 2.0 s on one, with the same CPU time (single runs).
-    """
-    if threads > 1:
-        import torch
-
-        torch.set_num_threads(threads - 1 if streams > 4 else threads)
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` reports that the GPU or the process is out of memory."""
     torch = sys.modules.get("torch")

@@ -37,7 +37,6 @@ from serving.continuous_batching.kv_cache import (
 )
 from serving.continuous_batching.sampling import Logprob, SamplingParams
 from serving.continuous_batching.text_sequence import FinishReason, TextSequence, collate, prefill_key
-from shared.device import leave_core_to_event_loop
 from shared.errors import JobError
 from shared.logs import log
 
@@ -100,7 +99,6 @@ class Generator(DecodeLoop[TextSequence]):
         self.max_batch_size = max_batch_size
         self.max_cache_tokens = max_cache_tokens or cache_budget(model)
         self.joins = supports_joining_batches(model)
-        self._cpu_threads = torch.get_num_threads() if self.device.type == "cpu" else 1
         self.vocab_size: int = model.get_input_embeddings().weight.shape[0]
         self.repetition_penalty: float = model.generation_config.repetition_penalty or 1.0
         takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -227,7 +225,6 @@ class Generator(DecodeLoop[TextSequence]):
         return DecodeBatch(sequences, output.past_key_values, mask), output.logits[:, -1]
 
     def decode(self, batch: DecodeBatch[TextSequence]) -> torch.Tensor:
-        leave_core_to_event_loop(self._cpu_threads, len(batch.sequences))
         self._select_adapters(batch.sequences)
         mask = torch.cat([batch.attention_mask, torch.ones_like(batch.attention_mask[:, :1])], dim=1)
         output = self.model(
