@@ -1,4 +1,4 @@
-"""Examples of a worker's routes, with curl and in Python, to be pasted: `python -m local serve` prints them."""
+"""Examples of a worker's routes, with curl and in Python, which `python -m local serve` prints."""
 
 from __future__ import annotations
 
