@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -20,9 +19,9 @@ from typing import Any
 
 from aiohttp import ClientSession
 
-from local import Platform, Rules, WorkerFailed, running
+from local import Endpoint, Rules, WorkerFailed, running
 from local.containers import Container
-from local.examples import openai_example, openai_routes
+from local.examples import http_commands, native_command, openai_example, openai_routes
 from local.platform import find_handler
 
 _READY_TIMEOUT = 3600.0
@@ -31,8 +30,8 @@ _KEY = {"Authorization": "Bearer local"}
 
 def serve(arguments: argparse.Namespace, handler: Path) -> int:
     """Run an endpoint until it is interrupted."""
-    with _start(arguments, handler) as platform:
-        print(_guide(platform, handler, arguments.mode), flush=True)
+    with _start(arguments, handler) as endpoint:
+        print(_guide(endpoint, handler, arguments.mode), flush=True)
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
@@ -43,13 +42,14 @@ def serve(arguments: argparse.Namespace, handler: Path) -> int:
 def run(arguments: argparse.Namespace, handler: Path) -> int:
     """Send test_input.json through the worker and print the answer; 0 when the job is COMPLETED."""
     body = json.loads(_test_input(handler).read_text())
-    with _start(arguments, handler, Rules(wait=600, wait_range=(1, 600))) as platform:
+    with _start(arguments, handler, Rules(wait=600, wait_range=(1, 600))) as endpoint:
         begin = time.monotonic()
-        answer = platform.call(_post(f"{platform.endpoint_url}/runsync", body))
+        answer = endpoint.call(_send("POST", f"{endpoint.endpoint_url}/runsync", body))
         milliseconds = 1000 * (time.monotonic() - begin)
         print(json.dumps(_shorten(answer), indent=2, ensure_ascii=False))
-        (worker,) = platform.workers
-        for name, seconds in {**worker.phases, "first request for a job": worker.ready_after or 0}.items():
+        (worker,) = endpoint.workers
+        ready = "/ping is 200" if arguments.mode == "http" else "first request for a job"
+        for name, seconds in {**worker.phases, ready: worker.ready_after or 0}.items():
             print(f"{name:>24} {seconds:9.3f} s")
         print(f"{'request to answer':>24} {milliseconds:9.1f} ms")
     return 0 if answer.get("status") == "COMPLETED" else 1
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace, handler: Path) -> int:
 
 def _start(
     arguments: argparse.Namespace, handler: Path, rules: Rules | None = None
-) -> AbstractContextManager[Platform]:
+) -> AbstractContextManager[Endpoint]:
     what = arguments.image or f"{handler.parent.name}/{handler.name}"
     print(f"Starting {what} ...", file=sys.stderr, flush=True)
     container = Container(arguments.image, arguments.docker) if arguments.image else None
@@ -74,35 +74,33 @@ def _start(
     )
 
 
-def _guide(platform: Platform, handler: Path, mode: str) -> str:
+def _guide(endpoint: Endpoint, handler: Path, mode: str) -> str:
     """The addresses, and examples that work when they are pasted."""
-    paths = (
-        "runsync, ping, health, metrics, docs"
-        if mode == "http"
-        else "run, runsync, status, stream, cancel, health"
-    )
-    lines = [
-        f"RunPod's API      {platform.endpoint_url}   ({paths})",
-        f"OpenAI's API      {platform.openai_url}",
-    ]
-    if _test_input(handler).is_file():
-        body = json.dumps(json.loads(_test_input(handler).read_text()), ensure_ascii=False)
-        data = shlex.quote(body if len(body) < 500 else f"@{_test_input(handler)}")
-        lines += [
-            "\nWith curl:\n",
-            f"curl -s {platform.endpoint_url}/runsync -H 'Authorization: Bearer local' \\",
-            f"  -H 'Content-Type: application/json' -d {data}",
+    http, routes, test_input = mode == "http", openai_routes(handler), _test_input(handler)
+    paths = "runsync, ping, health, metrics, docs" if http else "run, runsync, status, stream, cancel, health"
+    commands = []
+    if http and routes:
+        (model, *_) = endpoint.call(_send("GET", f"{endpoint.openai_url}/models"))["data"]
+        commands = http_commands(routes, url=endpoint.url, test_input=test_input, model=model["id"])
+    if test_input.is_file():
+        commands.append(native_command(url=endpoint.endpoint_url, test_input=test_input))
+    example = openai_example(routes, url=endpoint.openai_url, test_input=test_input, mode=mode)
+    return "\n".join(
+        [
+            f"RunPod's API      {endpoint.endpoint_url}   ({paths})",
+            f"OpenAI's API      {endpoint.openai_url}",
+            *(["\nWith curl:\n", "\n\n".join(commands)] if commands else []),
+            *(["\nWith OpenAI's client, in Python:\n", example] if example else []),
+            "\nCtrl-C stops it.",
         ]
-    example = openai_example(
-        openai_routes(handler), url=platform.openai_url, test_input=_test_input(handler), mode=mode
     )
-    if example:
-        lines += ["\nWith OpenAI's client, in Python:\n", example]
-    return "\n".join([*lines, "\nCtrl-C stops it."])
 
 
-async def _post(url: str, body: Any) -> dict[str, Any]:
-    async with ClientSession() as session, session.post(url, json=body, headers=_KEY) as response:
+async def _send(method: str, url: str, body: Any = None) -> dict[str, Any]:
+    async with (
+        ClientSession() as session,
+        session.request(method, url, json=body, headers=_KEY) as response,
+    ):
         answer: dict[str, Any] = await response.json()
         return answer
 

@@ -1,11 +1,14 @@
-"""Examples in Python of a worker's OpenAI routes, to be pasted: what `python -m local serve` prints."""
+"""Examples of a worker's routes, with curl and in Python, which `python -m local serve` prints."""
 
 from __future__ import annotations
 
 import importlib
+import json
+import shlex
 import textwrap
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 _CLIENT = """
 from openai import OpenAI
@@ -39,19 +42,31 @@ _EXAMPLES = {
         """,
 }
 
-
+# A load balancer carries files and audio as they are.
 _HTTP_EXAMPLES = _EXAMPLES | {
     "/v1/audio/transcriptions": """
         import base64, json
         audio = base64.b64decode(json.load(open("{test_input}"))["input"]["audio"])
-        print(client.audio.transcriptions.create(model=model, file=("speech.flac", audio)).text)
+        print(client.audio.transcriptions.create(model=model, file=("speech.ogg", audio)).text)
         """,
     "/v1/audio/speech": """
         speech = client.audio.speech.with_streaming_response
         with speech.create(model=model, voice="nova", input="Good morning.") as reply:
             reply.stream_to_file("speech.mp3")
+        print(open("speech.mp3", "rb").seek(0, 2))
         """,
 }
+_BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Name three rivers."}], "stream": True},
+    "/v1/embeddings": {"input": ["A cat sat on the mat.", "It rains."]},
+    "/v1/audio/speech": {"input": "Good morning.", "voice": "nova"},
+    "/v1/rerank": {"query": "weather", "documents": ["A cat sat on the mat.", "It rains."]},
+}
+_WRITE_AUDIO = """\
+python3 -c 'import base64, json
+audio = json.load(open("{test_input}"))["input"]["audio"]
+open("speech.ogg", "wb").write(base64.b64decode(audio))'
+"""
 
 
 def openai_routes(handler: Path) -> list[str]:
@@ -70,8 +85,42 @@ def openai_example(routes: Collection[str], *, url: str, test_input: Path, mode:
     endpoint's type, queue or http.
     """
     examples = _HTTP_EXAMPLES if mode == "http" else _EXAMPLES
-    route = next((route for route in examples if route in routes), None)
+    route = _first(routes)
     if route is None:
         return None
     text = _CLIENT + textwrap.dedent(examples[route]).lstrip()
     return text.format(url=url, test_input=test_input).strip()
+
+
+def native_command(*, url: str, test_input: Path) -> str:
+    """A curl command that sends the worker's test_input.json to `/runsync` of the endpoint at `url`."""
+    body = json.dumps(json.loads(test_input.read_text()), ensure_ascii=False)
+    return _curl(f"{url}/runsync", "-d", body if len(body) < 500 else f"@{test_input}")
+
+
+def http_commands(routes: Collection[str], *, url: str, test_input: Path, model: str) -> list[str]:
+    """curl commands for OpenAI routes of the load balancer at `url`: that of `openai_example`, and rerank."""
+    first = _first(routes)
+    chosen = [first, "/v1/rerank"] if first == "/v1/embeddings" and "/v1/rerank" in routes else [first]
+    commands = []
+    for route in filter(None, chosen):
+        if route == "/v1/audio/transcriptions":
+            form = _curl(f"{url}{route}", "-F", f"model={model}", "-F", "file=@speech.ogg", json_body=False)
+            commands.append(_WRITE_AUDIO.format(test_input=test_input) + form)
+        elif route == "/v1/models":
+            commands.append(_curl(f"{url}{route}", json_body=False))
+        else:
+            body = json.dumps({"model": model, **_BODIES[route]})
+            options = {"/v1/audio/speech": ["-o", "speech.mp3"], "/v1/chat/completions": ["-N"]}
+            commands.append(_curl(f"{url}{route}", "-d", body, *options.get(route, [])))
+    return commands
+
+
+def _first(routes: Collection[str]) -> str | None:
+    return next((route for route in _EXAMPLES if route in routes), None)
+
+
+def _curl(url: str, *options: str, json_body: bool = True) -> str:
+    headers = ["-H", "Content-Type: application/json"] if json_body else []
+    command = f"curl -s {url} -H 'Authorization: Bearer local'"
+    return f"{command} \\\n  {shlex.join([*headers, *options])}" if headers or options else command

@@ -5,27 +5,48 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from local.containers import Container
 from local.jobs import Rules
-from local.queue import Queue
 from local.workers import WorkerFailed, WorkerProcess
+
+
+class Work(Protocol):
+    """What hands work to the workers: a queue's jobs, or a load balancer's requests."""
+
+    def in_flight(self, worker: str) -> int:
+        """How many jobs or requests the worker has."""
+
+    def withdraw(self, worker: str) -> None:
+        """Give the worker no more, as far as it does not ask again."""
+
+    def drop_worker(self, worker: str) -> None:
+        """The worker has exited."""
 
 
 class Fleet:
     """The workers of an endpoint, each kept alive by the rules.
 
-    url: `http://127.0.0.1:PORT/v2/<endpoint>`; url and loop are set before the first worker is added.
-    workers: the processes that live, and those that have failed and are not (yet) replaced.
+    variables: the endpoint type's environment variables for the worker of an id. loop: set before the first
+    worker is added. workers: the processes that live, and those that have failed and are not (yet) replaced.
     """
 
-    url: str
     loop: asyncio.AbstractEventLoop
 
-    def __init__(self, queue: Queue, rules: Rules, *, endpoint_id: str, echo: bool = False) -> None:
-        self.queue, self.rules, self.endpoint_id, self.echo = queue, rules, endpoint_id, echo
+    def __init__(
+        self,
+        work: Work,
+        rules: Rules,
+        *,
+        endpoint_id: str,
+        variables: Callable[[str], Mapping[str, str]],
+        echo: bool = False,
+    ) -> None:
+        self.work, self.rules, self.endpoint_id, self.echo = work, rules, endpoint_id, echo
+        self._variables = variables
         self.workers: list[WorkerProcess] = []
         self._supervisors: set[asyncio.Task[None]] = set()
         self._change = asyncio.Event()
@@ -55,7 +76,7 @@ class Fleet:
         return counts | {"ready": counts["idle"], "running": counts["running"] + states.count("draining")}
 
     async def ready(self, count: int) -> None:
-        """Wait until `count` workers have asked for a job. Raises WorkerFailed."""
+        """Wait until `count` workers are ready. Raises WorkerFailed."""
         while sum(worker.alive and worker.ready_after is not None for worker in self.workers) < count:
             for worker in self.workers:
                 if worker.state == "unhealthy" and worker.ready_after is None:
@@ -86,7 +107,7 @@ class Fleet:
         failures = 0
         while True:
             await worker.wait()
-            self.queue.drop_worker(worker.id)
+            self.work.drop_worker(worker.id)
             self.notify()
             if worker.returncode == 0 and worker.ready_after is not None:
                 failures = 0
@@ -108,25 +129,17 @@ class Fleet:
                 worker.terminate()
 
     def _environment(self, worker_id: str) -> dict[str, str]:
-        """This process's own environment, with what RunPod sets."""
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith("RUNPOD_")}
+        """What RunPod sets, and the endpoint's type."""
         # The heartbeat goes through the environment's proxy otherwise.
         no_proxy = ",".join(
             filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1"])
         )
-        return inherited | {
+        return {
             "no_proxy": no_proxy,
             "NO_PROXY": no_proxy,
             "RUNPOD_POD_ID": worker_id,
             "RUNPOD_POD_HOSTNAME": worker_id,
             "RUNPOD_ENDPOINT_ID": self.endpoint_id,
             "RUNPOD_AI_API_KEY": worker_id,
-            "RUNPOD_PING_INTERVAL": str(round(1000 * self.rules.ping_interval)),
-            "RUNPOD_WEBHOOK_GET_JOB": f"{self.url}/job-take/$ID?gpu=local",
-            "RUNPOD_WEBHOOK_POST_OUTPUT": f"{self.url}/job-done/$RUNPOD_POD_ID/$ID?gpu=local",
-            "RUNPOD_WEBHOOK_POST_STREAM": f"{self.url}/job-stream/$RUNPOD_POD_ID/$ID?gpu=local",
-            "RUNPOD_WEBHOOK_PING": f"{self.url}/ping/$RUNPOD_POD_ID?gpu=local",
-            # The SDK's checks demand 4 GB of memory, the internet and a GPU.
-            "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
-            "RUNPOD_SKIP_GPU_CHECK": "true",
+            **self._variables(worker_id),
         }

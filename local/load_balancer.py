@@ -1,177 +1,243 @@
 """RunPod's second endpoint type: HTTP requests go to the workers as they are, the least busy one first.
 
 The rules are RunPod's (docs, serverless/load-balancing): no queue; a request waits two minutes for a worker
-that is ready, runs for five and a half, and carries 30 MB each way. A worker's health is polled at its /ping.
+that is ready, runs for five and a half, and carries 30 MB each way. The status codes 502 and 504 are
+assumptions. WebSockets and worker affinity are left out.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
+import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from aiohttp import ClientError, ClientSession, ClientTimeout, web
+from aiohttp import ClientError, ClientTimeout, web
+from multidict import CIMultiDict
+from yarl import URL
 
+from local.bodies import json_response
 from local.containers import Container
-from local.jobs import Rules
-from local.platform import Platform
+from local.endpoint import Endpoint
+from local.jobs import Refused, Rules
 from local.workers import WorkerProcess
 
-_HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
-_POLL_S = 0.2  # while a worker is not ready
+_HOP_BY_HOP = {"connection", "expect", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
+# What aiohttp would add to a request that has none.
+_NOT_ADDED = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
+_POLL_S = 0.2  # between pings of a worker that is not ready
 
 
 class TooLarge(Exception):
     """A body is over the limit."""
 
 
-class LoadBalancer(Platform):
-    """A load-balancing endpoint on 127.0.0.1 and its worker processes, which serve HTTP."""
+class Router:
+    """Which worker gets the next request: of those that are ready, the one with the fewest in flight."""
+
+    def __init__(self) -> None:
+        self.ready: set[str] = set()  # ids of workers
+        self._in_flight: Counter[str] = Counter()  # requests by worker
+        self._closed = False
+        self._change = asyncio.Event()
+
+    def in_flight(self, worker: str) -> int:
+        return self._in_flight[worker]
+
+    def add(self, worker: str) -> None:
+        """The worker is ready."""
+        self.ready.add(worker)
+        self._change.set()
+
+    def withdraw(self, worker: str) -> None:
+        self.ready.discard(worker)
+
+    def drop_worker(self, worker: str) -> None:
+        self.withdraw(worker)
+
+    def close(self) -> None:
+        """No request gets a worker any more."""
+        self._closed = True
+        self._change.set()
+
+    async def acquire(self, wait: float) -> str:
+        """A worker for a request, until `release`. Raises Refused if none is ready within `wait` seconds."""
+        try:
+            async with asyncio.timeout(wait):
+                while not (self.ready or self._closed):
+                    self._change.clear()
+                    await self._change.wait()
+        except TimeoutError:
+            pass
+        if self._closed or not self.ready:
+            raise Refused("no workers available")
+        worker = min(self.ready, key=self.in_flight)
+        self._in_flight[worker] += 1
+        return worker
+
+    def release(self, worker: str) -> None:
+        self._in_flight[worker] -= 1
+        if not self._in_flight[worker]:
+            del self._in_flight[worker]
+
+
+class LoadBalancer(Endpoint):
+    """A load-balancing endpoint and its worker processes, which serve HTTP at ports of their own."""
 
     def __init__(
         self, *, port: int = 0, rules: Rules | None = None, require_key: bool = True, echo: bool = False
     ) -> None:
-        self._healthy: set[str] = set()  # ids of workers whose last /ping was 200
-        self._in_flight: Counter[str] = Counter()  # requests by worker
-        self._changed = asyncio.Event()
-        super().__init__(port=port, rules=rules, require_key=require_key, echo=echo)
+        rules = rules or Rules()
+        self._router = Router()
+        self._ports: dict[str, int] = {}  # by worker
+        self._next_ping: dict[str, float] = {}
+        self._last_good_ping: dict[str, float] = {}
+        self.shutdown_timeout = rules.grace
+        super().__init__(self._router, rules, port=port, require_key=require_key, echo=echo)
+
+    @property
+    def base_url(self) -> str:
+        """`http://127.0.0.1:PORT`; RunPod's is `https://<endpoint>.api.runpod.ai`."""
+        return self.url
 
     @property
     def endpoint_url(self) -> str:
-        """`http://127.0.0.1:PORT`; RunPod's is `https://<endpoint>.api.runpod.ai`."""
-        return f"http://127.0.0.1:{self._port}"
+        return self.url
 
     @property
     def openai_url(self) -> str:
-        return f"{self.endpoint_url}/v1"
+        return f"{self.url}/v1"
 
-    def make_app(self) -> web.Application:
+    def worker_url(self, worker: WorkerProcess) -> str:
+        """Where the worker itself listens."""
+        return f"http://127.0.0.1:{self._ports[worker.id]}"
+
+    def make_app(self, *, require_key: bool) -> web.Application:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            try:
+                if require_key and not request.headers.get("Authorization", "").strip():
+                    raise Refused("unauthorized", 401)
+                if (request.content_length or 0) > self.rules.http_bytes:
+                    raise Refused("the body is too large", 413)
+                return await self._handle(request)
+            except Refused as refused:
+                return json_response({"error": str(refused)}, refused.status)
+
         app = web.Application()
-        app.router.add_route("*", "/{path:.*}", self._handle)
+        app.router.add_route("*", "/{path:.*}", handle)
         return app
 
-    async def start(self) -> None:
-        await super().start()
-        await self._session.close()
-        # The request's own deadline bounds it. A body passes as it is, compressed or not.
-        self._session = ClientSession(timeout=ClientTimeout(total=None), auto_decompress=False)
+    def variables(self, worker_id: str) -> Mapping[str, str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = self._ports[worker_id] = probe.getsockname()[1]
+        return {"SERVE_MODE": "http", "HOST": "127.0.0.1", "PORT": str(port), "PORT_HEALTH": str(port)}
 
     async def add_worker(
         self, command: Sequence[str] | Container, *, cwd: Path, env: Mapping[str, str] | None = None
     ) -> WorkerProcess:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        http = {"SERVE_MODE": "http", "PORT": port, "PORT_HEALTH": port, "HOST": "127.0.0.1"}
-        worker = await super().add_worker(command, cwd=cwd, env={**(env or {}), **http})
-        return worker
+        own = ("SERVE_MODE", "HOST", "PORT", "PORT_HEALTH")
+        env = {name: value for name, value in (env or {}).items() if name not in own}
+        return await super().add_worker(command, cwd=cwd, env=env)
 
-    # ---- health ----
+    async def stop(self) -> None:
+        self._router.close()
+        await super().stop()
 
-    async def tick(self) -> None:
+    # ---- health ------------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
         """Poll /ping of every worker: often until it is ready, then at the rules' interval."""
-        due: dict[str, float] = {}
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(_POLL_S / 2)
-            for worker in self.workers:
-                if worker.alive and loop.time() >= due.get(worker.id, 0):
-                    ready = worker.id in self._healthy
-                    due[worker.id] = loop.time() + (self.rules.ping_interval if ready else _POLL_S)
-                    self._spawn(self._ping(worker))
+        for worker in self.workers:
+            if worker.alive and time.monotonic() >= self._next_ping.get(worker.id, 0):
+                self._next_ping[worker.id] = math.inf
+                self._spawn(self._ping(worker))
 
     async def _ping(self, worker: WorkerProcess) -> None:
+        url = self.worker_url(worker) + worker.env.get("HEALTH_CHECK_PATH", "/ping")
+        timeout = ClientTimeout(total=self.rules.ping_interval)
         try:
-            timeout = ClientTimeout(total=5)
-            async with self._session.get(f"{_url(worker)}/ping", timeout=timeout) as response:
+            async with self._session.get(url, timeout=timeout, allow_redirects=False) as response:
                 status = response.status
-        except (ClientError, OSError, TimeoutError):
-            status = 0
-        if status == 200:
-            worker.polled()
-            worker.ping_received()
-            self._healthy.add(worker.id)
-            self._changed.set()
+        except (ClientError, OSError):
+            status = 0  # it may not listen yet
+        now = time.monotonic()
+        if status == 200 and not worker.draining:
+            worker.mark_ready()
+            self._router.add(worker.id)
         else:
-            self._healthy.discard(worker.id)
-        worker.check_pings(self.rules.missed_pings * self.rules.ping_interval)
-        if worker.unresponsive and worker.alive:
-            worker.kill()  # taken out, and replaced
+            self._router.withdraw(worker.id)
+        if status in (200, 204):
+            self._last_good_ping[worker.id] = now
+        elif status:
+            self._last_good_ping.setdefault(worker.id, now)
+        patience = self.rules.missed_pings * self.rules.ping_interval
+        if now - self._last_good_ping.get(worker.id, now) >= patience and not worker.draining:
+            worker.kill()  # and so it is replaced
+        self._next_ping[worker.id] = now + (self.rules.ping_interval if status == 200 else _POLL_S)
 
-    # ---- requests ----
-
-    async def _pick(self) -> WorkerProcess | None:
-        """The ready worker with the fewest requests in flight; None if there is none in time."""
-        try:
-            async with asyncio.timeout(self.rules.worker_wait):
-                while True:
-                    ready = [
-                        worker
-                        for worker in self.workers
-                        if worker.id in self._healthy and worker.alive and not worker.draining
-                    ]
-                    if ready:
-                        return min(ready, key=lambda worker: self._in_flight[worker.id])
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError:
-            return None
+    # ---- requests ----------------------------------------------------------------------------------------
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
-        if self._require_key and not request.headers.get("Authorization", "").strip():
-            return _error(401, "unauthorized")
-        if (request.content_length or 0) > self.rules.http_bytes:
-            return _error(413, "request body too large")
-        worker = await self._pick()
-        if worker is None:
-            return _error(400, "no workers available")
-        self._in_flight[worker.id] += 1
-        worker.jobs_taken += 1
-        response = web.StreamResponse(headers={"X-Runpod-Worker-Id": worker.id})
+        worker_id = await self._router.acquire(self.rules.worker_wait)
+        response = web.StreamResponse()
         try:
+            worker = self._fleet.get(worker_id)
+            if worker is None:  # it was killed a moment ago
+                self._router.withdraw(worker_id)
+                return await self._handle(request)
+            worker.jobs_taken += 1
             async with asyncio.timeout(self.rules.request_timeout):
                 await self._forward(request, worker, response)
-            return response
-        except TooLarge:
-            status, cause = 413, "body too large"
         except TimeoutError:
-            status, cause = 504, "the request took too long"
+            refused = Refused("the request took too long", 504)
+        except TooLarge:
+            refused = Refused("the answer is too large", 413)
         except (ClientError, OSError) as error:
-            if isinstance(error.__cause__, TooLarge):  # of the client's body, which aiohttp was sending
-                return _error(413, "body too large")
-            self._healthy.discard(worker.id)  # until it answers /ping again
-            status, cause = 502, f"the worker did not answer: {type(error).__name__}"
-        finally:
-            self._in_flight[worker.id] -= 1
-        if response.prepared:  # too late for a status: the client sees a connection that breaks
-            assert request.transport is not None
-            request.transport.abort()
+            if isinstance(error.__cause__, TooLarge):
+                refused = Refused("the body is too large", 413)
+            elif request.content.exception() or request.transport is None or request.transport.is_closing():
+                refused = Refused("the body cannot be read")  # or the client has hung up
+            else:
+                self._router.withdraw(worker_id)  # until it answers /ping again
+                self._next_ping[worker_id] = 0
+                refused = Refused(f"the worker did not answer: {type(error).__name__}", 502)
+        else:
             return response
-        return _error(status, cause)
+        finally:
+            self._router.release(worker_id)
+        if not response.prepared:
+            raise refused
+        if request.transport is not None:  # the status is sent: the client gets a connection that breaks
+            request.transport.abort()
+        return response
 
     async def _forward(
         self, request: web.Request, worker: WorkerProcess, response: web.StreamResponse
     ) -> None:
-        """Send the request to the worker and its answer to the client, part by part."""
-        headers = {name: value for name, value in request.headers.items() if name.lower() not in _HOP_BY_HOP}
-        url = f"{_url(worker)}{request.rel_url}"
-        body = self._limited(request.content.iter_any()) if request.can_read_body else None
+        """Send the request to the worker and its answer to the client, each part as it comes."""
         async with self._session.request(
-            request.method, url, headers=headers, data=body, allow_redirects=False
+            request.method,
+            URL(self.worker_url(worker) + request.rel_url.raw_path_qs, encoded=True),
+            headers=_end_to_end(request.headers),
+            data=self._limited(request.content.iter_any()) if request.can_read_body else None,
+            skip_auto_headers=_NOT_ADDED,
+            allow_redirects=False,
         ) as answer:
+            if (answer.content_length or 0) > self.rules.http_bytes:
+                raise TooLarge
             response.set_status(answer.status, answer.reason)
-            for name, value in answer.headers.items():
-                if name.lower() not in _HOP_BY_HOP:
-                    response.headers[name] = value
+            response.headers.extend(_end_to_end(answer.headers))
+            response.headers["X-Runpod-Worker-Id"] = worker.id
             await response.prepare(request)
             async for part in self._limited(answer.content.iter_any()):
                 await response.write(part)
-            await response.write_eof()
+        await response.write_eof()
 
-    async def _limited(self, parts: Any) -> AsyncGenerator[bytes]:
+    async def _limited(self, parts: AsyncIterable[bytes]) -> AsyncGenerator[bytes]:
         size = 0
         async for part in parts:
             size += len(part)
@@ -180,9 +246,6 @@ class LoadBalancer(Platform):
             yield part
 
 
-def _url(worker: WorkerProcess) -> str:
-    return f"http://127.0.0.1:{worker.env['PORT']}"
-
-
-def _error(status: int, cause: str) -> web.Response:
-    return web.json_response({"error": cause}, status=status)
+def _end_to_end(headers: Mapping[str, str]) -> CIMultiDict[str]:
+    """All but those of the connection."""
+    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in _HOP_BY_HOP)

@@ -133,7 +133,7 @@ class Queue:
         if self._stop_polls.get(worker) is deliver:
             del self._stop_polls[worker]
 
-    def end_polls(self, worker: str) -> None:
+    def withdraw(self, worker: str) -> None:
         """Answer the worker's open polls with nothing."""
         if worker in self._polls:
             self._polls.pop(worker)[1]([])
@@ -177,13 +177,13 @@ class Queue:
             job.result.pop("error", None)
             self._end(job, State.COMPLETED)
 
-    def leased(self, worker: str) -> int:
+    def in_flight(self, worker: str) -> int:
         """How many jobs the worker has leased."""
         return len(self._leases.get(worker, {}))
 
     def drop_worker(self, worker: str) -> None:
         """End the polls and the leases of a worker that has exited."""
-        self.end_polls(worker)
+        self.withdraw(worker)
         for job in list(self._leases.get(worker, {}).values()):
             self._lease_lost(job)
         self._leases.pop(worker, None)
@@ -214,7 +214,7 @@ class Queue:
 
     def _dispatch(self) -> None:
         while self._waiting and self._polls:
-            worker = min(self._polls, key=self.leased)
+            worker = min(self._polls, key=self.in_flight)
             limit, deliver = self._polls.pop(worker)
             share = math.ceil(len(self._waiting) / len(self._leases))
             jobs = [self._waiting.popitem(last=False)[1] for _ in range(min(limit, share))]

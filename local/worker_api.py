@@ -33,7 +33,7 @@ class WorkerApi:
         return json_response(jobs) if jobs else web.Response(status=204)
 
     async def _take(self, worker: WorkerProcess, limit: int) -> list[dict[str, Any]]:
-        worker.polled()
+        worker.mark_ready()
         if worker.draining or worker.unresponsive:
             await asyncio.sleep(0.2)
             return []

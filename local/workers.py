@@ -35,7 +35,9 @@ class WorkerProcess:
 
     id: the worker's (pod's) id.
     phases: seconds by name, from log lines that hold `phase=<name> seconds=<float>`.
-    ready_after: seconds from the process's start to its first request for a job; None before that.
+    ready_after: seconds from the process's start until it asked for a job, or its /ping answered 200; None
+    before that.
+    jobs_taken: how many jobs, or requests of a load balancer, it has received.
     returncode: None while it lives; negative for a signal.
     """
 
@@ -92,7 +94,7 @@ class WorkerProcess:
             return "unhealthy"
         if self.ready_after is None:
             return "initializing"
-        return "running" if self._fleet.queue.leased(self.id) else "idle"
+        return "running" if self._fleet.work.in_flight(self.id) else "idle"
 
     def kill(self) -> None:
         """SIGKILL to the process and all that it has started. It is replaced, as after a crash."""
@@ -108,12 +110,12 @@ class WorkerProcess:
     def refresh(self) -> None:
         """Drain it: it gets no more jobs, and is replaced when those that it has end."""
         self.draining = True
-        self._fleet.queue.end_polls(self.id)
-        if not self._fleet.queue.leased(self.id):
+        self._fleet.work.withdraw(self.id)
+        if not self._fleet.work.in_flight(self.id):
             self._drain()
 
-    def polled(self) -> None:
-        """It polls for a job, so it is ready."""
+    def mark_ready(self) -> None:
+        """It polls for a job, or its /ping answers 200."""
         if self.ready_after is None:
             self.ready_after = time.monotonic() - self._started
             self.ping_received()
@@ -126,14 +128,14 @@ class WorkerProcess:
         """Give it no jobs while its last ping is older than `patience` seconds."""
         self.unresponsive = self.ready_after is not None and time.monotonic() - self._last_ping > patience
         if self.unresponsive:
-            self._fleet.queue.end_polls(self.id)
+            self._fleet.work.withdraw(self.id)
 
-    async def start(self, env: Mapping[str, str]) -> None:
-        """Start the process, in a session of its own."""
-        env = {**env, **self.env}
+    async def start(self, variables: Mapping[str, str]) -> None:
+        """Start the process, in a session of its own. variables: what the platform sets."""
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("RUNPOD_")}
+        env = {**inherited, **variables, **self.env}
         if isinstance(self.command, Container):
-            passed = {name for name in env if name.startswith("RUNPOD_") or name.lower() == "no_proxy"}
-            command = self.command.command(self.id, passed | set(self.env))
+            command = self.command.command(self.id, {*variables, *self.env})
         else:
             command = list(self.command)
         read, write = os.pipe()
@@ -183,7 +185,7 @@ class WorkerProcess:
 
     def _drain(self) -> None:
         # Its long polls end first: a job that they bring after SIGTERM may never be started.
-        self._fleet.queue.end_polls(self.id)
+        self._fleet.work.withdraw(self.id)
         if self.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)

@@ -255,7 +255,7 @@ def test_polling_workers_get_jobs_by_fewest_leases_then_by_time(queue: Queue) ->
 def test_no_worker_takes_more_than_its_share(queue: Queue) -> None:
     for worker in ("a", "b", "c"):
         queue.poll(worker, 1, lambda jobs: None)
-        queue.end_polls(worker)
+        queue.withdraw(worker)
     for _ in range(30):
         queue.submit(INPUT, sync=False)
     assert len(take(queue, "a", 100)) == 10
@@ -298,7 +298,7 @@ def test_ended_polls_get_an_empty_answer(queue: Queue) -> None:
     answers: list[object] = []
     queue.poll("a", 1, answers.append)
     queue.poll_stops("a", answers.append)
-    queue.end_polls("a")
+    queue.withdraw("a")
     assert answers == [[], []]
     queue.submit(INPUT, sync=False)
     assert len(answers) == 2
@@ -406,7 +406,7 @@ class QueueMachine(RuleBasedStateMachine):
                 for name, job in self.queue.jobs.items()
                 if job.state is State.IN_PROGRESS and job.worker == worker
             )
-            assert self.queue.leased(worker) == len(leased)
+            assert self.queue.in_flight(worker) == len(leased)
         states = Counter(job.state for job in self.queue.jobs.values())
         health = self.queue.health()
         assert health["inQueue"] == states[State.IN_QUEUE]

@@ -1,68 +1,69 @@
 """A worker of a load-balancing endpoint that does what the path says; it writes to NOTES what happens."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 
 from aiohttp import web
 
 
-def note(text: str) -> None:
+def note(text):
     with open(os.environ["NOTES"], "a") as notes:
-        notes.write(f"{text}\n")
+        notes.write(f"{text} {os.getpid()}\n")
 
 
-async def ping(request: web.Request) -> web.Response:
-    return web.Response(status=int(os.environ.get("PING", "200")))
+async def ping(request):
+    return web.Response(status=health[0])
 
 
-async def echo(request: web.Request) -> web.Response:
-    body = await request.read()
-    return web.json_response(
-        {"method": request.method, "path": str(request.rel_url), "bytes": len(body), "pid": os.getpid()},
-        status=int(request.query.get("status", "200")),
-        headers={"X-Sent": request.headers.get("X-Sent", "")},
-    )
+async def get_ill(request):
+    health[0] = int(request.query["status"])
+    return web.Response()
 
 
-async def parts(request: web.Request) -> web.StreamResponse:
-    """A part at once, and another when the client asks for it at /go, or hangs up."""
+async def echo(request):
+    sent = {"method": request.method, "path": request.raw_path, "bytes": len(await request.read())}
+    headers = [(name.lower(), value) for name, value in request.headers.items()]
+    answer = web.json_response(sent | {"headers": headers, "pid": os.getpid()}, status=418)
+    answer.headers.extend([("X-Twice", "1"), ("X-Twice", "2")])
+    return answer
+
+
+async def parts(request):
+    """A part at once, and another after `release`."""
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
     await response.write(b"data: 1\n\n")
-    try:
-        await go.wait()
-    except asyncio.CancelledError:
-        note("hung up")
-        raise
+    await hold(request)
     await response.write(b"data: 2\n\n")
     return response
 
 
-async def release(request: web.Request) -> web.Response:
-    go.set()
-    return web.Response()
-
-
-async def hold(request: web.Request) -> web.Response:
-    note(f"held {os.getpid()}")
-    await asyncio.sleep(float(request.query["seconds"]))
+async def hold(request):
+    note("held")
+    try:
+        await released.wait()
+    except asyncio.CancelledError:
+        note("hung up")
+        raise
     return web.json_response({"pid": os.getpid()})
 
 
-async def large(request: web.Request) -> web.Response:
-    return web.Response(body=bytes(int(request.query["bytes"])))
+async def release(request):
+    released.set()
+    return web.Response()
 
 
-go = asyncio.Event()
-app = web.Application(client_max_size=2**30)
-app.router.add_get("/ping", ping)
-app.router.add_get("/parts", parts)
-app.router.add_get("/go", release)
-app.router.add_get("/hold", hold)
-app.router.add_get("/large", large)
-app.router.add_route("*", "/echo", echo)
+async def large(request):
+    response = web.Response(body=bytes(int(request.query["bytes"])))
+    if "chunked" in request.query:
+        response.enable_chunked_encoding()
+    return response
+
 
 if __name__ == "__main__":
+    health, released = [int(os.environ.get("PING", "200"))], asyncio.Event()
+    app = web.Application(client_max_size=2**30)
+    for route in (ping, get_ill, parts, hold, release, large):
+        app.router.add_get(f"/{route.__name__}", route)
+    app.router.add_route("*", "/echo{rest:.*}", echo)
     web.run_app(app, host="127.0.0.1", port=int(os.environ["PORT"]), handler_cancellation=True, print=None)
