@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from openai import OpenAI
 
-from local import Platform, running
+from local import running
+from local.endpoint import Endpoint
 from tools.models import local_env
 
 WORKER = "sentence-transformers"
@@ -24,7 +25,7 @@ SENTENCES = [
 ]
 
 
-def runsync(platform: Platform, payload: dict[str, Any]) -> tuple[dict[str, Any], float]:
+def runsync(platform: Endpoint, payload: dict[str, Any]) -> tuple[dict[str, Any], float]:
     """The job's answer, and the milliseconds from the request to it. Raises RuntimeError if it failed."""
     request = urllib.request.Request(  # noqa: S310, the address is loopback
         f"{platform.endpoint_url}/runsync",
