@@ -7,7 +7,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, GetPydanticSchema, ValidationError, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetPydanticSchema,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, core_schema
 
 from shared.errors import JobError
@@ -17,6 +24,15 @@ class Request(BaseModel):
     """Base of a worker's own requests: no type coercion, and an unknown field is an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_unset(cls, data: Any) -> Any:
+        """Clients that dump their models send null for every field that is not set."""
+        if not isinstance(data, dict):
+            return data
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in data.items() if value is not None or name not in optional}
 
 
 def _keep_bytes(value: Any, validate_text: Callable[[Any], Any]) -> Any:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
+
+from tools.workers import ROOT
 
 _ids = itertools.count()
 
@@ -63,6 +67,23 @@ async def until(condition: Callable[[], Any], seconds: float = 120) -> None:
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 (the condition is another thread's)
             await asyncio.sleep(0.002)
+
+
+def run_examples(worker: str, url: str) -> list[dict[str, Any]]:
+    """Run the Python examples of a worker's README against a server in HTTP mode: the variables of each.
+
+    Those of clients that are not installed are left out.
+    """
+    page = (ROOT / "workers" / worker / "README.md").read_text()
+    page = page.replace("https://api.runpod.ai/v2/ENDPOINT_ID/openai", url).replace(
+        "http://localhost:8000", url
+    )
+    ran: list[dict[str, Any]] = []
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        if all(map(find_spec, re.findall(r"^(?:from|import) (\w+)", code, re.MULTILINE))):
+            ran.append({})
+            exec(code, ran[-1])
+    return ran
 
 
 @contextmanager

@@ -70,10 +70,23 @@ async def embed_openai(
     encoder: Encoder,
     *,
     prompt: str,
-    prompt_param: str = "prompt",
+    prompt_param: str = "input",
     model: str,
+    accept_token_ids: bool,
 ) -> EmbeddingsResponse:
-    """The answer of /v1/embeddings: unit vectors, long texts truncated. Raises JobError as `embed` does."""
+    """The answer of /v1/embeddings: unit vectors, long texts truncated. Raises JobError as `embed` does.
+
+    accept_token_ids: false refuses arrays of token ids: a client that sends OpenAI's, as LangChain does by
+    default, would receive the embedding of another text.
+    """
+    if not (accept_token_ids or isinstance(request.input[0], str)):
+        raise invalid(
+            "input",
+            "token ids are refused: most clients send those of OpenAI's models, which mean another text "
+            "here. Send text: LangChain's OpenAIEmbeddings does with check_embedding_ctx_length=False. For "
+            "the model's own ids set ACCEPT_TOKEN_IDS=true on the endpoint.",
+            "unsupported",
+        )
     vectors, _, usage = await _embed(
         request, job, encoder, request.input, param="input", prompt=prompt, prompt_param=prompt_param
     )

@@ -162,7 +162,7 @@ class Encoder:
         for number, ids in enumerate(arrays):
             if not all(0 <= token < size for token in ids):
                 message = f"token ids must be from 0 to {size - 1}, the model's own vocabulary."
-                raise invalid(f"{param}.{number}", message)
+                raise invalid(param_of(param, number, len(arrays)), message)
             start, end = len(self._prefix), len(ids) - len(self._suffix)
             complete = start <= end and ids[:start] == self._prefix and ids[end:] == self._suffix
             bodies.append(ids[start:end] if complete else ids)

@@ -1,4 +1,4 @@
-"""Requests and responses of embedding workers: their own and OpenAI's."""
+"""Settings, requests and responses of embedding workers: their own and OpenAI's."""
 
 from __future__ import annotations
 
@@ -8,10 +8,24 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from shared.openai import OpenAIRequest
 from shared.requests import Request, as_list
+from shared.settings import WorkerSettings
 
 MAX_INPUTS = 16384
 Vectors = list[list[float]] | list[str]
 """Embeddings as numbers or as base64. A list of unions would take pydantic three times as long to dump."""
+
+
+class EmbeddingSettings(WorkerSettings):
+    max_concurrency: int = Field(
+        128, ge=1, le=1024, description="Jobs that one worker takes at a time; constant while it lives"
+    )
+    max_batch_tokens: int | None = Field(
+        None, ge=1, description="Tokens in one padded batch; unset: 16384 on a GPU, 1024 on CPU"
+    )
+    accept_token_ids: bool = Field(
+        False,
+        description="Take arrays of the model's own token ids on /v1/embeddings; false: refuse arrays",
+    )
 
 
 class Usage(BaseModel):
@@ -81,19 +95,15 @@ def _as_inputs(value: Any) -> Any:
     return value
 
 
-def _null_as_float(value: Any) -> Any:
-    """Some clients send null for a field that they leave to the server."""
-    return "float" if value is None else value
-
-
 class EmbeddingsRequest(OpenAIRequest):
     """The body of POST /v1/embeddings."""
 
     input: Annotated[list[str] | list[list[int]], BeforeValidator(_as_inputs)] = Field(
-        description="A text, a list of texts, an array of the model's own token ids, or a list of such arrays"
+        description="A text or a list of texts; with ACCEPT_TOKEN_IDS also an array of the model's own token "
+        "ids, or a list of such arrays"
     )
     model: str | None = Field(None, description="The served model's name")
-    encoding_format: Annotated[Literal["float", "base64"], BeforeValidator(_null_as_float)] = Field(
+    encoding_format: Literal["float", "base64"] = Field(
         "float", description="Lists of numbers, or base64 of little-endian float32"
     )
     dimensions: int | None = Field(None, ge=1, description="Keep this many leading dimensions")

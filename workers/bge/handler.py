@@ -10,8 +10,9 @@ Response: {"results": [{"index": 0, "relevance_score": 0.83}], "model": "BAAI/bg
            "revision": "953dc6...", "method": "cross-encoder", "truncated": 0,
            "usage": {"prompt_tokens": 31, "total_tokens": 31}}
 
-OpenAI:   /v1/embeddings (with input_type), /v1/rerank in the shape of Cohere and Jina, and /v1/models, as
-          {"openai_route": ..., "openai_input": ...} or through the endpoint's own /openai/v1 address.
+OpenAI:   /v1/embeddings (with input_type), /v1/rerank and /v2/rerank in the shape of Cohere and Jina, and
+          /v1/models, as {"openai_route": ..., "openai_input": ...} or through the endpoint's own /openai/v1
+          address, and in HTTP mode as real paths.
 
 MODEL_NAME picks the model. An embedding model reranks by the cosine of query and document; a cross-encoder
 reads each pair and gives no embeddings. Jobs that wait together run together.
@@ -67,6 +68,7 @@ class Engine:
     score: Callable[..., Awaitable[Scores]]  # as Reranker.score and score_by_cosine
     embedder: Encoder | None = None
     pooling: str | None = None
+    accept_token_ids: bool = False
 
     @property
     def encoder(self) -> Encoder:
@@ -107,7 +109,7 @@ def load(settings: Settings) -> Engine:
     encoder.prompts |= choose_prompts(encoder.prompts, encoder.default_prompt, family)
     pooling = set_pooling(encoder.model, family, own=(model.path / "modules.json").exists())
     score = partial(score_by_cosine, encoder)
-    return Engine(public_name, served, model.revision, score, encoder, pooling)
+    return Engine(public_name, served, model.revision, score, encoder, pooling, settings.accept_token_ids)
 
 
 # ---- handle --------------------------------------------------------------------------------------------
@@ -119,6 +121,7 @@ def load(settings: Settings) -> Engine:
     routes={
         "/v1/embeddings": RetrievalEmbeddingsRequest,
         "/v1/rerank": OpenAIRerankRequest,
+        "/v2/rerank": OpenAIRerankRequest,
         "/v1/models": ModelsRequest,
     },
 )
@@ -141,16 +144,23 @@ async def handler(
         return await rerank(request)
     prompt, param = prompt_for(request)
     return await answers.embed_openai(
-        request, job, engine.encoder, prompt=prompt, prompt_param=param, model=engine.name
+        request,
+        job,
+        engine.encoder,
+        prompt=prompt,
+        prompt_param=param,
+        model=engine.name,
+        accept_token_ids=engine.accept_token_ids,
     )
 
 
 def prompt_for(request: PromptFields) -> tuple[str, str]:
-    """The prompt before each text, and the field that it came from."""
+    """The prompt before each text, and the field to name in an error about it."""
     if request.instruction is not None:
         return request.instruction, "instruction"
     if isinstance(request, RetrievalRequest) and (request.prompt, request.prompt_name) != (None, None):
-        return engine.encoder.prompt_for(request.prompt, request.prompt_name), "prompt"
+        param = "prompt" if request.prompt_name is None else "prompt_name"
+        return engine.encoder.prompt_for(request.prompt, request.prompt_name), param
     return engine.encoder.prompts[request.input_type], "input_type"
 
 

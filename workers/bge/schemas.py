@@ -6,22 +6,22 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
 
-from serving.embedding.schemas import MAX_INPUTS, EmbeddingsRequest, EmbedRequest, EmbedResponse, Usage
+from serving.embedding.schemas import (
+    MAX_INPUTS,
+    EmbeddingSettings,
+    EmbeddingsRequest,
+    EmbedRequest,
+    EmbedResponse,
+    Usage,
+)
 from shared.openai import OpenAIRequest
 from shared.requests import Request
-from shared.settings import WorkerSettings
 
 
-class Settings(WorkerSettings):
+class Settings(EmbeddingSettings):
     model_name: str = Field(
         "BAAI/bge-large-en-v1.5",
         description="Id on the Hugging Face Hub, or a folder, of an embedding model or a reranker",
-    )
-    max_concurrency: int = Field(
-        128, ge=1, le=1024, description="Jobs that one worker takes at a time; constant while it lives"
-    )
-    max_batch_tokens: int | None = Field(
-        None, ge=1, description="Tokens in one padded batch; unset: 16384 on a GPU, 1024 on CPU"
     )
 
 

@@ -39,6 +39,7 @@ class Engine:
     name: str
     served: tuple[str, ...]
     revision: str | None
+    accept_token_ids: bool
 
 
 engine: Engine
@@ -59,7 +60,8 @@ def load(settings: Settings) -> Engine:
         budget=settings.max_batch_tokens,
     )
     served = dict.fromkeys([settings.public_name, name, hub_name, hub_name.rpartition("/")[2]])
-    return Engine(encoder, settings.public_name, tuple(served), model.revision)
+    name = settings.public_name
+    return Engine(encoder, name, tuple(served), model.revision, settings.accept_token_ids)
 
 
 # ---- handle --------------------------------------------------------------------------------------------
@@ -75,7 +77,14 @@ async def handler(
     if isinstance(request, EmbeddingsRequest):
         check_model(request.model, *engine.served)
         prompt = encoder.default_prompt or ""
-        return await answers.embed_openai(request, job, encoder, prompt=prompt, model=engine.name)
+        return await answers.embed_openai(
+            request,
+            job,
+            encoder,
+            prompt=prompt,
+            model=engine.name,
+            accept_token_ids=engine.accept_token_ids,
+        )
     prompt = encoder.prompt_for(request.prompt, request.prompt_name)
     return await answers.embed(
         request, job, encoder, prompt=prompt, model=engine.name, revision=engine.revision

@@ -16,19 +16,6 @@ REQUESTS = (schemas.RetrievalRequest, schemas.RerankRequest)
 
 
 @pytest.mark.parametrize(
-    ("payload", "kind"),
-    [
-        ({"texts": ["a"], "instruction": "i"}, "RetrievalRequest"),
-        ({"text": "a", "input_type": "query"}, "RetrievalRequest"),
-        ({"query": "a", "documents": ["b"]}, "RerankRequest"),
-        ({"query": "a", "documents": [{"text": "b", "id": 7}], "top_n": 1}, "RerankRequest"),
-    ],
-)
-def test_the_fields_choose_the_request(payload: dict[str, Any], kind: str) -> None:
-    assert type(parse(payload, REQUESTS, {})).__name__ == kind
-
-
-@pytest.mark.parametrize(
     ("payload", "param", "mentions"),
     [
         ({"text": "a", "input_type": "passage"}, "input_type", "'query' or 'document'"),
