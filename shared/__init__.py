@@ -4,8 +4,7 @@ For a handler:
     jobs.job_handler(*requests, routes)      turns `async def work(request, job)` into a JobHandler
     jobs.Job                                 id, data, check_size(bytes, advice)
     jobs.JobHandler.streamed                 registers the generator for requests with `stream`
-    startup.serve(handler, prepare, worker=) starts the worker in its SERVE_MODE; `prepare()` loads and returns the
-                                             settings; a failed load is classified and answered
+    startup.serve(handler, prepare, worker=) starts the worker in its SERVE_MODE; a failed load is answered
     startup.resolve(settings, name)          the folder of the model, from the volume, the image or the Hub
     startup.phase(name)                      times a part of the load in the log
     prewarm.run(handler, inputs)             sends small requests before the first job
