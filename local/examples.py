@@ -16,7 +16,8 @@ from openai import OpenAI
 client = OpenAI(base_url="{url}", api_key="local")
 model = client.models.list().data[0].id
 """
-# The first that the worker has is shown. A queue carries JSON alone, so audio goes in and out as base64.
+# The first that the worker has is shown. A queue carries JSON alone, so audio goes in and out as base64. What
+# speaks in whisper's test_input.json is synthetic: voice activity detection takes it for noise.
 _EXAMPLES = {
     "/v1/chat/completions": """
         messages = [{{"role": "user", "content": "Say hello in three languages."}}]
@@ -30,7 +31,8 @@ _EXAMPLES = {
     "/v1/audio/transcriptions": """
         import json
         audio = json.load(open("{test_input}"))["input"]["audio"]
-        print(client.post("/audio/transcriptions", body={{"model": model, "file": audio}}, cast_to=object))
+        body = {{"model": model, "file": audio, "vad": False}}
+        print(client.post("/audio/transcriptions", body=body, cast_to=object))
         """,
     "/v1/audio/speech": """
         import base64, json
@@ -47,7 +49,8 @@ _HTTP_EXAMPLES = _EXAMPLES | {
     "/v1/audio/transcriptions": """
         import base64, json
         audio = base64.b64decode(json.load(open("{test_input}"))["input"]["audio"])
-        print(client.audio.transcriptions.create(model=model, file=("speech.ogg", audio)).text)
+        file, options = ("speech.ogg", audio), {{"vad": False}}
+        print(client.audio.transcriptions.create(model=model, file=file, extra_body=options).text)
         """,
     "/v1/audio/speech": """
         speech = client.audio.speech.with_streaming_response
@@ -95,7 +98,7 @@ def openai_example(routes: Collection[str], *, url: str, test_input: Path, mode:
 def native_command(*, url: str, test_input: Path) -> str:
     """A curl command that sends the worker's test_input.json to `/runsync` of the endpoint at `url`."""
     body = json.dumps(json.loads(test_input.read_text()), ensure_ascii=False)
-    return _curl(f"{url}/runsync", "-d", body if len(body) < 500 else f"@{test_input}")
+    return _curl_json(f"{url}/runsync", body if len(body) < 500 else f"@{test_input}")
 
 
 def http_commands(routes: Collection[str], *, url: str, test_input: Path, model: str) -> list[str]:
@@ -104,15 +107,17 @@ def http_commands(routes: Collection[str], *, url: str, test_input: Path, model:
     chosen = [first, "/v1/rerank"] if first == "/v1/embeddings" and "/v1/rerank" in routes else [first]
     commands = []
     for route in filter(None, chosen):
-        if route == "/v1/audio/transcriptions":
-            form = _curl(f"{url}{route}", "-F", f"model={model}", "-F", "file=@speech.ogg", json_body=False)
+        address = f"{url}{route}"
+        if route == "/v1/models":
+            commands.append(_curl(address))
+        elif route == "/v1/audio/transcriptions":
+            form = _curl(address, "-F", f"model={model}", "-F", "vad=false", "-F", "file=@speech.ogg")
             commands.append(_WRITE_AUDIO.format(test_input=test_input) + form)
-        elif route == "/v1/models":
-            commands.append(_curl(f"{url}{route}", json_body=False))
         else:
-            body = json.dumps({"model": model, **_BODIES[route]})
-            options = {"/v1/audio/speech": ["-o", "speech.mp3"], "/v1/chat/completions": ["-N"]}
-            commands.append(_curl(f"{url}{route}", "-d", body, *options.get(route, [])))
+            options = {"/v1/audio/speech": ["-o", "speech.mp3"], "/v1/chat/completions": ["-N"]}.get(
+                route, []
+            )
+            commands.append(_curl_json(address, json.dumps({"model": model, **_BODIES[route]}), *options))
     return commands
 
 
@@ -120,7 +125,10 @@ def _first(routes: Collection[str]) -> str | None:
     return next((route for route in _EXAMPLES if route in routes), None)
 
 
-def _curl(url: str, *options: str, json_body: bool = True) -> str:
-    headers = ["-H", "Content-Type: application/json"] if json_body else []
+def _curl(url: str, *options: str) -> str:
     command = f"curl -s {url} -H 'Authorization: Bearer local'"
-    return f"{command} \\\n  {shlex.join([*headers, *options])}" if headers or options else command
+    return f"{command} \\\n  {shlex.join(options)}" if options else command
+
+
+def _curl_json(url: str, body: str, *options: str) -> str:
+    return _curl(url, *options, "-H", "Content-Type: application/json", "-d", body)

@@ -13,6 +13,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from aiohttp import ClientError, ClientTimeout, web
@@ -28,6 +29,7 @@ from local.workers import WorkerProcess
 _HOP_BY_HOP = {"connection", "expect", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
 # What aiohttp would add to a request that has none.
 _NOT_ADDED = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
+_PING = "/ping"
 _POLL_S = 0.2  # between pings of a worker that is not ready
 
 
@@ -65,13 +67,11 @@ class Router:
 
     async def acquire(self, wait: float) -> str:
         """A worker for a request, until `release`. Raises Refused if none is ready within `wait` seconds."""
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(wait):
                 while not (self.ready or self._closed):
                     self._change.clear()
                     await self._change.wait()
-        except TimeoutError:
-            pass
         if self._closed or not self.ready:
             raise Refused("no workers available")
         worker = min(self.ready, key=self.in_flight)
@@ -80,8 +80,6 @@ class Router:
 
     def release(self, worker: str) -> None:
         self._in_flight[worker] -= 1
-        if not self._in_flight[worker]:
-            del self._in_flight[worker]
 
 
 class LoadBalancer(Endpoint):
@@ -134,7 +132,8 @@ class LoadBalancer(Endpoint):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = self._ports[worker_id] = probe.getsockname()[1]
-        return {"SERVE_MODE": "http", "HOST": "127.0.0.1", "PORT": str(port), "PORT_HEALTH": str(port)}
+        ports = {"PORT": str(port), "PORT_HEALTH": str(port)}
+        return {"SERVE_MODE": "http", "HOST": "127.0.0.1", **ports, "HEALTH_CHECK_PATH": _PING}
 
     async def add_worker(
         self, command: Sequence[str] | Container, *, cwd: Path, env: Mapping[str, str] | None = None
@@ -157,7 +156,7 @@ class LoadBalancer(Endpoint):
                 self._spawn(self._ping(worker))
 
     async def _ping(self, worker: WorkerProcess) -> None:
-        url = self.worker_url(worker) + worker.env.get("HEALTH_CHECK_PATH", "/ping")
+        url = self.worker_url(worker) + worker.env.get("HEALTH_CHECK_PATH", _PING)
         timeout = ClientTimeout(total=self.rules.ping_interval)
         try:
             async with self._session.get(url, timeout=timeout, allow_redirects=False) as response:
