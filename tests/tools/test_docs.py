@@ -65,5 +65,5 @@ def test_a_marker_of_a_model_that_was_renamed_names_those_that_there_are(tmp_pat
     assert str(caught.value) == (
         "workers/sentence-transformers/README.md: a table cannot be written: "
         "workers/sentence-transformers/schemas.py has no model OldRequest. Its models: EmbedRequest, "
-        "EmbedResponse, EmbeddingsRequest, EmbeddingsResponse, Settings."
+        "EmbedResponse, EmbeddingSettings, EmbeddingsRequest, EmbeddingsResponse, Settings."
     )
