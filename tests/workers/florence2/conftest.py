@@ -19,8 +19,8 @@ def engine() -> Iterator[Any]:
         for name, value in local_env("florence2").items():
             patch.setenv(name, value)
         worker.prepare()
-        yield worker.loaded.engine
-        del worker.loaded
+    yield worker.loaded.engine
+    del worker.loaded
 
 
 @pytest.fixture(scope="session")
