@@ -35,6 +35,8 @@ from shared.settings import read_settings
 
 from .families import choose_prompts, find_family, is_cross_encoder, set_pooling
 from .schemas import (
+    CohereRerankRequest,
+    CohereRerankResponse,
     OpenAIRerankRequest,
     PromptFields,
     RankedDocument,
@@ -121,7 +123,7 @@ def load(settings: Settings) -> Engine:
     routes={
         "/v1/embeddings": RetrievalEmbeddingsRequest,
         "/v1/rerank": OpenAIRerankRequest,
-        "/v2/rerank": OpenAIRerankRequest,
+        "/v2/rerank": CohereRerankRequest,
         "/v1/models": ModelsRequest,
     },
 )
@@ -140,6 +142,9 @@ async def handler(
     if isinstance(request, RerankRequest):
         return await rerank(request)
     check_model(request.model, *engine.served)
+    if isinstance(request, CohereRerankRequest):
+        ranked = await rerank(request)
+        return CohereRerankResponse(**dict(ranked), id=job.id, meta={"api_version": {"version": "2"}})
     if isinstance(request, OpenAIRerankRequest):
         return await rerank(request)
     prompt, param = prompt_for(request)

@@ -95,6 +95,10 @@ class OpenAIRerankRequest(RerankFields, OpenAIRequest):
     model: str | None = Field(None, description="The served model's name")
 
 
+class CohereRerankRequest(OpenAIRerankRequest):
+    """The body of POST /v2/rerank."""
+
+
 class RankedDocument(BaseModel):
     index: int = Field(description="Which of `documents`, from 0")
     relevance_score: float = Field(description="Higher is better")
@@ -113,3 +117,10 @@ class RerankResponse(BaseModel):
     )
     truncated: int = Field(description="How many documents were cut to the model's length")
     usage: Usage = Field(description="Counts of tokens")
+
+
+class CohereRerankResponse(RerankResponse):
+    """The answer of /v2/rerank: what Cohere's has, and the fields of this worker."""
+
+    id: str = Field(description="The id of the job or request")
+    meta: dict[str, Any] = Field(description="The version of the API")

@@ -189,6 +189,10 @@ async def test_ranks_come_in_the_shape_of_cohere_and_jina(use: Callable[..., Any
     answer = await openai("/v1/rerank", model="me/ranker", rank_fields=["text"], **fields)
     assert answer == {**native, "results": answer["results"]}
     assert scores(answer) == pytest.approx(scores(native), abs=1e-5)
+    cohere = await openai("/v2/rerank", model="me/ranker", **fields)
+    assert cohere.pop("id").startswith("job-")
+    assert cohere.pop("meta") == {"api_version": {"version": "2"}}
+    assert cohere == {**answer, "results": cohere["results"]}
     assert answer["model"] == "me/ranker"
     assert answer["usage"]["total_tokens"] == answer["usage"]["prompt_tokens"] > 8
     given = [documents[result["index"]] for result in answer["results"]]
