@@ -177,7 +177,7 @@ class Transcriber:
             for task in tasks:
                 task.cancel()
 
-        # A generator suspended at a `yield` is not told when its task ends.
+        # A generator suspended at a `yield` does not notice the end of its task.
         job = asyncio.current_task()
         assert job is not None
         job.add_done_callback(cancel)

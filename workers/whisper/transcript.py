@@ -64,7 +64,7 @@ class Transcript:
     ) -> float:
         """Append the segments of a window, and their words, and return when the last word ends.
 
-        A segment whose words have no length is left out: it repeats what was said before.
+        A segment whose words have no length is left out: it repeats an earlier one.
         start: of the window, in seconds of the audio; speech: the same. Takes some milliseconds of CPU.
         """
         ratio = compression_ratio(tokenizer.decode(result.tokens))

@@ -70,8 +70,8 @@ def load(settings: Settings) -> Engine:
             "(https://coqui.ai/cpml.txt). Set COQUI_TOS_AGREED=1 if you agree, or have bought a licence.",
             code="licence_not_agreed",
         )
-    found = startup.resolve(settings, settings.model_name, extra=("*.pth",))
-    folder = Path(found.path)
+    model_path = startup.resolve(settings, settings.model_name, extra=("*.pth",))
+    folder = Path(model_path.path)
     for name in ("config.json", "model.pth", "vocab.json"):
         if not (folder / name).is_file():
             raise StartError(f"{settings.model_name} has no {name}. Use an XTTS v2 model.", code="incomplete")
@@ -94,7 +94,7 @@ def load(settings: Settings) -> Engine:
         default_voice=default,
         voice_cache_size=settings.voice_cache_size,
         name=settings.public_name,
-        revision=found.revision,
+        revision=model_path.revision,
     )
     return Engine(synthesizer, (settings.public_name, settings.model_name))
 

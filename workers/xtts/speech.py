@@ -149,7 +149,7 @@ class _Speech:
             for sequence in sequences:
                 sequence.stop()
 
-        # A generator suspended at a `yield` is not told when its task ends.
+        # A generator suspended at a `yield` does not notice the end of its task.
         task = asyncio.current_task()
         assert task is not None
         task.add_done_callback(stop)
