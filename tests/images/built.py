@@ -209,6 +209,14 @@ def post(platform: Platform, route: str, body: Any) -> Any:
     return requests.post(f"{platform.endpoint_url}/{route}", json=body, headers=KEY, timeout=300).json()
 
 
+def http_status(url: str) -> int | None:
+    """None: nothing listens there (yet)."""
+    try:
+        return requests.get(url, timeout=60).status_code
+    except requests.ConnectionError:
+        return None
+
+
 def status(platform: Platform, job: str) -> str:
     answer = requests.get(f"{platform.endpoint_url}/status/{job}", headers=KEY, timeout=60).json()
     return str(answer["status"])
@@ -261,6 +269,25 @@ def test_make_serve_answers_and_says_what_runs(worker: str, built: Callable[[str
     for what in (f"worker={worker} ", "python=3.", "runpod=", "cuda=", "model="):
         assert what in versions
     assert docker("ps", "--quiet", "--all", "--filter=name=runpod-local-") == ""
+
+
+@each_worker
+def test_docker_run_serves_http(worker: str, built: Callable[[str], str]) -> None:
+    """On a laptop or a Pod: SERVE_MODE=http and a published port are all that it needs."""
+    env = {**image_env(worker), "SERVE_MODE": "http"}
+    options = ["--read-only", "--tmpfs=/tmp:exec", "--publish=127.0.0.1::8000", *mounts(env)]
+    variables = [f"--env={name}={value}" for name, value in env.items()]
+    container = docker("run", "--detach", *options, *variables, built(worker))
+    try:
+        url = f"http://{docker('port', container, '8000/tcp')}"
+        wait_until(lambda: http_status(f"{url}/ping") == 200, READY)
+        answer = requests.post(f"{url}/runsync", json=test_input(worker), timeout=300)
+        assert (answer.status_code, answer.json()["status"]) == (200, "COMPLETED"), answer.text
+        assert http_status(f"{url}/openapi.json") == http_status(f"{url}/metrics") == 200
+        docker("stop", "--timeout=60", container)
+        assert docker("inspect", "--format={{.State.ExitCode}}", container) == "0", docker("logs", container)
+    finally:
+        docker("rm", "--force", container)
 
 
 @each_worker
