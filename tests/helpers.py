@@ -7,12 +7,20 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
-from tools.workers import ROOT
+import httpx
+import pytest
+from pydantic import BaseModel
+
+from shared.errors import JobError
+from shared.requests import validate
+from tools.models import local_env
+from tools.workers import ROOT, load_handler
 
 _ids = itertools.count()
 
@@ -52,6 +60,36 @@ def sse_events(chunks: list[str]) -> list[Any]:
     *events, done = "".join(chunks).strip().split("\n\n")
     assert done == "data: [DONE]"
     return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def refused(model: type[BaseModel], payload: dict[str, Any]) -> tuple[str | None, str | None]:
+    """`param` and `code` of the error for a payload that is no `model`; the message must name the field."""
+    with pytest.raises(JobError) as caught:
+        validate(model, payload)
+    assert str(caught.value.param) in caught.value.message
+    return caught.value.param, caught.value.code
+
+
+def runsync(platform: Any, **payload: Any) -> Any:
+    """The local platform's answer to a job with this input, at its end."""
+    url, headers = f"{platform.endpoint_url}/runsync?wait=300000", {"Authorization": "Bearer local"}
+    return httpx.post(url, json={"input": payload}, headers=headers, timeout=310).json()
+
+
+@contextmanager
+def generating(worker: str, **env: str) -> Iterator[ModuleType]:
+    """The handler's module as `prepare()` leaves it, with a Generator, for a while; another engine waits."""
+    module = load_handler(worker)
+    before = getattr(module, "engine", None)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**local_env(worker), "PREWARM": "false", **env}.items():
+            patch.setenv(name, value)
+        module.prepare()
+    try:
+        yield module
+    finally:
+        module.engine.generator.close()
+        module.__dict__["engine"] = before
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 120) -> None:
@@ -118,3 +156,15 @@ def longest_stall() -> Iterator[list[float]]:
     finally:
         measure()
         task.cancel()
+
+
+async def shortest_stall(work: Callable[[], Awaitable[Any]], enough: float = 0.1) -> float:
+    """Seconds for which `work` blocks the event loop: the best of three, as others may have the core."""
+    best = float("inf")
+    for _ in range(3):
+        if best >= enough:
+            with longest_stall() as stall:
+                await work()
+                await asyncio.sleep(0.01)
+            best = min(best, stall[0])
+    return best

@@ -8,7 +8,7 @@ from a hash of the prompt's token ids and, where TGI would sample, of the sampli
 
 Faults, for tests. In a prompt, where `n` counts tokens: [[fail n]] the generation fails, [[die n]] the router
 process is killed, [[hang n]] nothing answers any more, [[stop n]] a stream stops without its end, [[slow ms]]
-each token takes so long. In the environment: TGI_STAND_IN_START=crash or oom.
+each token takes so long. In the environment: TGI_STAND_IN_START=oom.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def launch(argv: list[str]) -> int:
     if not (Path(args.model_id) / "tokenizer.json").is_file():
         say(f"ERROR download: Repository Not Found for url: https://hub/api/models/{args.model_id}.")
         return 1
-    if fault := os.environ.get("TGI_STAND_IN_START"):
-        cause = {"crash": "NCCL error", "oom": "torch.OutOfMemoryError: CUDA out of memory."}[fault]
+    if os.environ.get("TGI_STAND_IN_START") == "oom":
+        cause = "torch.OutOfMemoryError: CUDA out of memory."
         say(f"ERROR shard-manager: Shard complete standard error output:\nRuntimeError: {cause}")
         say("Error: ShardCannotStart")
         return 1

@@ -21,10 +21,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     root = tmp_path_factory.mktemp("models")
     tiny.write_modules(tiny.bert(root / "bge-small-en"), "cls")
-    tiny.write_modules(tiny.bert(root / "bge-small-zh"), "cls")
     tiny.write_modules(tiny.bert(root / "e5-small"), "mean")
     tiny.write_modules(tiny.xlm_roberta(root / "bge-m3"), "cls")
-    tiny.write_modules(tiny.xlm_roberta(root / "multilingual-e5-large-instruct"), "mean")
     tiny.write_modules(tiny.qwen3(root / "qwen3-embedding"), "lasttoken")
     tiny.bert(root / "bge-small-en-bare")
     tiny.bert(root / "e5-small-bare")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
 from shared.errors import StartError
-from tests.helpers import send
-from tools.models import local_env
-from tools.workers import load_handler
+from tests.helpers import generating, send
 
+serving = partial(generating, "huggingface")
 MESSAGES = [{"role": "user", "content": "Name three rivers."}]
 PROMPTS = [
     "The river",
@@ -22,22 +22,6 @@ PROMPTS = [
     "into the sea. Name three rivers",
     "more of the same",
 ]
-
-
-@contextmanager
-def serving(**env: str) -> Iterator[ModuleType]:
-    """The handler's module as `prepare()` leaves it, for a while; another engine waits meanwhile."""
-    module = load_handler("huggingface")
-    before = getattr(module, "engine", None)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**local_env("huggingface"), "PREWARM": "false", **env}.items():
-            patch.setenv(name, value)
-        module.prepare()
-    try:
-        yield module
-    finally:
-        module.engine.generator.close()
-        module.engine = before
 
 
 def start_error(**env: str) -> StartError:
@@ -69,3 +53,24 @@ def generated(
     new = out[0, inputs["input_ids"].shape[1] :].tolist()
     reason = "stop" if new[-1] == tokenizer.eos_token_id else "length"
     return tokenizer.decode(new, skip_special_tokens=True), len(new), reason
+
+
+def make_adapter(base: Path, folder: Path, seed: int, **settings: Any) -> Path:
+    """A random adapter of peft's for the model in `base`, with weights large enough to change its answers."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    targets = {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 4, "lora_alpha": 8, **settings}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft asks transformers by an older name, and has remarks
+        model = peft.get_peft_model(
+            AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(task_type="CAUSAL_LM", **targets)
+        )
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "lora_" in name or "modules_to_save" in name:
+                    weight.normal_(0, 0.3)
+        model.save_pretrained(folder)
+    return folder

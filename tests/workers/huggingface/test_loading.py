@@ -6,7 +6,7 @@ import asyncio
 import json
 from contextlib import aclosing
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,13 +78,20 @@ def test_quantization_that_cannot_be_stops_the_start(
     assert (problem.code, cause in problem.message) == (code, True), problem.message
 
 
-async def test_attention_is_what_the_setting_says() -> None:
-    answers = []
-    for attention in ("sdpa", "eager"):
-        with serving(ATTN_IMPLEMENTATION=attention) as module:
-            assert module.engine.generator.model.config._attn_implementation == attention
-            answers.append(await asyncio.gather(*(response(module, prompt) for prompt in PROMPTS)))
-    assert answers[0] == answers[1]
+@pytest.mark.parametrize(
+    "env",
+    [{"ATTN_IMPLEMENTATION": "eager"}, {"DEVICE_MAP": "auto"}, {"DEVICE_MAP": "sequential"}],
+    ids=str,
+)
+async def test_how_the_weights_are_loaded_changes_no_answer(worker: ModuleType, env: dict[str, str]) -> None:
+    expected = await asyncio.gather(*(response(worker, prompt) for prompt in PROMPTS))
+    with serving(**env) as module:
+        attention = module.engine.generator.model.config._attn_implementation
+        assert attention == env.get("ATTN_IMPLEMENTATION", "sdpa")
+        assert await asyncio.gather(*(response(module, prompt) for prompt in PROMPTS)) == expected
+
+
+def test_an_attention_that_cannot_be_stops_the_start() -> None:
     problem = start_error(ATTN_IMPLEMENTATION="nonsense")
     assert problem.code == "bad_setting"
     assert problem.message.startswith("ATTN_IMPLEMENTATION=nonsense: ")
@@ -104,15 +111,6 @@ def test_encoder_decoders_are_refused(plain_model: Path, tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
     (tmp_path / "model.safetensors").touch()
     assert start_error(MODEL_NAME=str(tmp_path)).code == "unsupported_architecture"
-
-
-@pytest.mark.parametrize("device_map", ["auto", "balanced", "sequential"])
-async def test_device_map_loads_through_accelerate(device_map: str) -> None:
-    answers = []
-    for env in ({"DEVICE_MAP": device_map}, {}):
-        with serving(**env) as module:
-            answers.append(await asyncio.gather(*(response(module, prompt) for prompt in PROMPTS)))
-    assert answers[0] == answers[1]
 
 
 async def test_a_model_on_several_devices(tmp_path: Path) -> None:

@@ -10,16 +10,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import peft
 import pytest
-import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import send, stream
+from tests.helpers import error, openai, send, stream
 from tests.workers.huggingface.in_process import (
     PROMPTS,
     generated,
+    make_adapter,
     response,
     serving,
     start_error,
@@ -29,23 +28,6 @@ from tools.models import local_env, tiny_causal
 
 pytestmark = pytest.mark.engine
 BASE = Path(local_env("huggingface")["MODEL_NAME"])
-
-
-def make_adapter(base: Path, folder: Path, seed: int, **settings: Any) -> Path:
-    """A random adapter of peft's for the model in `base`, with weights large enough to change its answers."""
-    torch.manual_seed(seed)
-    targets = {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 4, "lora_alpha": 8, **settings}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft asks transformers by an older name, and has remarks
-        model = peft.get_peft_model(
-            AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(task_type="CAUSAL_LM", **targets)
-        )
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                if "lora_" in name or "modules_to_save" in name:
-                    weight.normal_(0, 0.3)
-        model.save_pretrained(folder)
-    return folder
 
 
 def by_peft(base: Path, adapter: Path | None, tokenizer: Any) -> list[str]:
@@ -113,13 +95,23 @@ async def test_each_sequence_of_a_batch_has_its_own_adapter(
 async def test_openai_clients_name_an_adapter_as_the_model(
     worker: ModuleType, expected: dict[str | None, list[str]]
 ) -> None:
-    models = await send(worker.handler, openai_route="/v1/models", openai_input=None)
+    models = await openai(worker.handler, "/v1/models")
     names = [model["id"] for model in models["data"]]
     assert names == ["tiny-random/llama", "rivers", "org/sea-v1.5", "houses"]
     for name, answers in zip(names, expected.values(), strict=True):
-        body = {"model": name, "prompt": PROMPTS[0], "max_tokens": 24, "temperature": 0}
-        answer = await send(worker.handler, openai_route="/v1/completions", openai_input=body)
+        body = {"model": name.swapcase(), "prompt": PROMPTS[0], "max_tokens": 24, "temperature": 0}
+        answer = await openai(worker.handler, "/v1/completions", **body)
         assert (answer["choices"][0]["text"], answer["model"]) == (answers[0], name)
+
+
+async def test_unknown_adapters_are_refused(worker: ModuleType) -> None:
+    body = {"model": "lakes", "prompt": "a"}
+    unknown_model = await error(worker.handler, openai_route="/v1/completions", openai_input=body)
+    unknown_adapter = await error(worker.handler, prompt="a", lora="lakes")
+    assert (unknown_model["param"], unknown_model["code"]) == ("model", "model_not_found")
+    assert (unknown_adapter["param"], unknown_adapter["code"]) == ("lora", "lora_not_found")
+    assert "'lakes'" in unknown_model["message"]
+    assert "'lakes'" in unknown_adapter["message"]
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from serving.continuous_batching.sampling import SamplingParams
-from shared.errors import JobError
 from shared.requests import validate
-from tests.helpers import error, longest_stall, openai, send
+from tests.helpers import error, openai, send, shortest_stall
 from tests.workers.huggingface.in_process import MESSAGES, serving, tokenizer_of
 from tools.models import tiny_causal
 from tools.workers import load_module
@@ -84,6 +83,9 @@ async def test_how_the_prompt_ends(worker: ModuleType) -> None:
     messages = [*MESSAGES, {"role": "assistant", "content": "The sea and"}]
     user = "<|im_start|>user\nName three rivers.<|im_end|>\n"
     assert await prompt_of(worker, messages=MESSAGES) == f"{user}<|im_start|>assistant\n"
+    parts = [{"type": "text", "text": text} for text in ("Name three ", "rivers.")]
+    talk = [{"role": "user", "content": parts}]
+    assert await prompt_of(worker, messages=talk, add_generation_prompt=False) == user
     assert await prompt_of(worker, messages=MESSAGES, add_generation_prompt=False) == user
     continued = await prompt_of(worker, messages=messages, continue_final_message=True)
     assert continued == f"{user}<|im_start|>assistant\nThe sea and"
@@ -164,27 +166,10 @@ async def test_prompts_that_the_model_cannot_take(
 async def test_a_large_prompt_leaves_the_event_loop_free(worker: ModuleType) -> None:
     text = "The river runs past the old stone house. " * 50_000
     token_ids = worker.engine.generator.tokenizer("a river ")["input_ids"] * 200_000
-    for route, prompt in (("native", text), ("/v1/completions", token_ids)):
-        with longest_stall() as stall:
-            if route == "native":
-                problem = await error(worker.handler, prompt=prompt)
-            else:
-                problem = await error(worker.handler, openai_route=route, openai_input={"prompt": prompt})
-        assert problem["code"] == "too_long"
-        assert stall[0] < 0.1, route
+    completion = {"openai_route": "/v1/completions", "openai_input": {"prompt": token_ids}}
+    for payload in ({"prompt": text}, completion):
 
+        async def ask(payload: Any = payload) -> None:
+            assert (await error(worker.handler, **payload))["code"] == "too_long"
 
-def test_prompts_are_read_without_a_job(worker: ModuleType) -> None:
-    """The reader takes a request alone: no job, no settings."""
-    import asyncio
-
-    prompts = worker.engine.prompts
-
-    async def read() -> Any:
-        return await prompts.read(validate(schemas.GenerateRequest, {"prompt": "a", "n": 2, "seed": 5}))
-
-    result = asyncio.run(read())
-    assert [params.seed for _, params in result.sequences] == [5, 6]
-    assert result.prompt_tokens == result.sequences[0][0]["input_ids"].shape[1]
-    with pytest.raises(JobError):
-        asyncio.run(prompts.read(validate(schemas.GenerateRequest, {"prompt": "a " * 9000})))
+        assert await shortest_stall(ask) < 0.1

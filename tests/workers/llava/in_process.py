@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import ModuleType
+from functools import partial
 from typing import Any
 
-import pytest
 from PIL import Image
 
-from tools.models import local_env
+from tests.helpers import generating
 from tools.models.tiny_llava import ANSWERS, QUESTIONS
-from tools.workers import load_handler
 
+serving = partial(generating, "llava")
 WHAT, DESCRIBE = QUESTIONS
 
 
@@ -49,19 +46,3 @@ def question(colour: str, text: str = WHAT) -> list[dict[str, Any]]:
 def answer_to(colour: str) -> str:
     """What the model generates for an image of one colour."""
     return " " + ANSWERS[colour]
-
-
-@contextmanager
-def serving(**env: str) -> Iterator[ModuleType]:
-    """The handler's module as `prepare()` leaves it, for a while; another engine waits meanwhile."""
-    module = load_handler("llava")
-    before = getattr(module, "engine", None)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**local_env("llava"), "PREWARM": "false", **env}.items():
-            patch.setenv(name, value)
-        module.prepare()
-    try:
-        yield module
-    finally:
-        module.engine.generator.close()
-        module.engine = before

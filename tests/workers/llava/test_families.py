@@ -33,6 +33,16 @@ TEXT = {
 VISION = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
+def reader(made: Any, mark: str, *, nested: bool = False) -> Read:
+    """Inputs by the processor `made`. mark: stands for an image. nested: it takes one list for each text."""
+
+    def read(images: Sequence[Any], question: str) -> Any:
+        batch = [images] if images and nested else images or None
+        return made(text=mark * len(images) + question, images=batch, return_tensors="pt")
+
+    return read
+
+
 def tokenizer(image: str = "<image>", *more: str) -> Any:
     made = processor(size=30, patch=10).tokenizer
     made.add_special_tokens({"additional_special_tokens": [image, *more]})
@@ -56,10 +66,7 @@ def llava_next() -> tuple[Any, Any, Read]:
         vision_feature_select_strategy="default",
     )  # fmt: skip
 
-    def read(images: Sequence[Any], question: str) -> Any:
-        return made(text="<image>\n" * len(images) + question, images=images or None, return_tensors="pt")
-
-    return hf.LlavaNextForConditionalGeneration(config), text, read
+    return hf.LlavaNextForConditionalGeneration(config), text, reader(made, "<image>\n")
 
 
 def idefics3() -> tuple[Any, Any, Read]:
@@ -71,14 +78,7 @@ def idefics3() -> tuple[Any, Any, Read]:
         vision_config={**VISION, "image_size": 28, "patch_size": 7}, scale_factor=2, pad_token_id=3,
     )  # fmt: skip
 
-    def read(images: Sequence[Any], question: str) -> Any:
-        return made(
-            text="<image>" * len(images) + question,
-            images=[images] if images else None,
-            return_tensors="pt",
-        )
-
-    return hf.Idefics3ForConditionalGeneration(config), text, read
+    return hf.Idefics3ForConditionalGeneration(config), text, reader(made, "<image>", nested=True)
 
 
 def gemma3() -> tuple[Any, Any, Read]:
@@ -98,10 +98,7 @@ def gemma3() -> tuple[Any, Any, Read]:
         boi_token_index=text.boi_token_id, eoi_token_index=text.eoi_token_id,
     )  # fmt: skip
 
-    def read(images: Sequence[Any], question: str) -> Any:
-        return made(text="<start>" * len(images) + question, images=images or None, return_tensors="pt")
-
-    return hf.Gemma3ForConditionalGeneration(config), text, read
+    return hf.Gemma3ForConditionalGeneration(config), text, reader(made, "<start>")
 
 
 def mllama() -> tuple[Any, Any, Read]:
@@ -123,14 +120,7 @@ def mllama() -> tuple[Any, Any, Read]:
         image_token_index=text.image_token_id,
     )  # fmt: skip
 
-    def read(images: Sequence[Any], question: str) -> Any:
-        return made(
-            text="<|image|>" * len(images) + question,
-            images=[images] if images else None,
-            return_tensors="pt",
-        )
-
-    return hf.MllamaForConditionalGeneration(config), text, read
+    return hf.MllamaForConditionalGeneration(config), text, reader(made, "<|image|>", nested=True)
 
 
 def qwen2_5_vl() -> tuple[Any, Any, Read]:
@@ -160,10 +150,9 @@ def qwen2_5_vl() -> tuple[Any, Any, Read]:
             "mm_token_type_ids": (input_ids == marks[1]).int(),
         }
         if sizes:
-            colours = [float(image.getpixel((0, 0))[0]) / 255 for image in images]
             patches = [
-                torch.full((height * width, 3 * 2 * 16), colour)
-                for (height, width), colour in zip(sizes, colours, strict=True)
+                torch.full((height * width, 3 * 2 * 16), image.getpixel((0, 0))[0] / 255)
+                for (height, width), image in zip(sizes, images, strict=True)
             ]
             inputs["pixel_values"] = torch.cat(patches)
             inputs["image_grid_thw"] = torch.tensor([[1, *size] for size in sizes])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
-import threading
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import AutoProcessor
 from serving.openai_chat import ChatCompletionRequest
 from shared.errors import JobError
 from shared.requests import validate
-from tests.helpers import error, longest_stall, send, until
+from tests.helpers import error, send, shortest_stall
 from tests.workers.llava.in_process import (
     WHAT,
     answer_to,
@@ -27,7 +26,6 @@ from tests.workers.llava.in_process import (
     text_part,
 )
 from tools.models import local_env
-from tools.models.tiny_llava import ENDLESS
 from tools.workers import load_module
 
 pytestmark = pytest.mark.engine
@@ -47,34 +45,21 @@ def chat(*messages: dict[str, Any], **payload: Any) -> Any:
 
 
 def test_all_forms_of_a_request_give_the_same_conversation() -> None:
-    assert native(image="abc", prompt="Why?").messages == [
-        ("user", [prompts.ImageSource("abc", "image"), "Why?"])
-    ]
+    (message,) = native(image="abc", prompt="Why?").messages
+    assert message == ("user", [prompts.ImageSource("abc", "image"), "Why?"])
     full = native(images=["a", "b"], system="Be brief.")
-    messages: list[dict[str, Any]] = [
-        {"role": "developer", "content": "Be brief."},
-        {
-            "role": "user",
-            "content": [
-                {"type": "image_url", "image_url": "a"},
-                {"type": "image_url", "image_url": {"url": "b", "detail": "low"}},
-                text_part(schemas.DEFAULT_PROMPT),
-            ],
-        },
-    ]
+    second = {"type": "image_url", "image_url": {"url": "b", "detail": "low"}}
+    content = [{"type": "image_url", "image_url": "a"}, second, text_part(schemas.DEFAULT_PROMPT)]
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": content}]
     same = chat(*messages, user="me", n=1, tools=[])
     assert native(messages=messages) == same
     assert (full.param, same.param) == ("prompt", "messages")
     assert [image.param for image in full.images] == ["images.0", "images.1"]
-    assert [image.param for image in same.images] == [
-        f"messages.1.content.{number}.image_url.url" for number in (0, 1)
-    ]
-
-    def plain(conversation: Any) -> Any:
-        return [(role, [getattr(part, "source", part) for part in parts])
-                for role, parts in conversation.messages]  # fmt: skip
-
-    assert plain(full) == plain(same)
+    params = [f"messages.1.content.{number}.image_url.url" for number in (0, 1)]
+    assert [image.param for image in same.images] == params
+    for (role, parts), (same_role, same_parts) in zip(full.messages, same.messages, strict=True):
+        assert role == same_role
+        assert [getattr(p, "source", p) for p in parts] == [getattr(p, "source", p) for p in same_parts]
     assert native(messages=[{"role": "user", "content": "hello"}]).messages == [("user", ["hello"])]
 
 
@@ -87,9 +72,6 @@ def test_all_forms_of_a_request_give_the_same_conversation() -> None:
         ({"messages": question("red"), "prompt": "Why?"}, "prompt", "invalid_value"),
         ({"messages": question("red"), "image": "a"}, "image", "invalid_value"),
         ({"image": "a", "max_tokens": 0}, "max_tokens", "invalid_value"),
-        ({"image": "a", "temperature": 2.1}, "temperature", "invalid_value"),
-        ({"image": "a", "top_p": 0}, "top_p", "invalid_value"),
-        ({"image": "a", "stop": list("abcde")}, "stop", "invalid_value"),
         ({"image": "a", "stop": [""]}, "stop.0", "invalid_value"),
         ({"image": 5}, "image", "invalid_value"),
         ({"image": "a", "max_token": 5}, "max_token", "unknown_field"),
@@ -98,16 +80,14 @@ def test_all_forms_of_a_request_give_the_same_conversation() -> None:
         ({"messages": [{"role": "cook", "content": "hi"}]}, "messages.0.role", "invalid_value"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-            "messages.0.content.0",
-            "invalid_value",
+            "messages.0.content.0", "invalid_value",
         ),
         (
             {"messages": [{"role": "assistant", "content": [image_part("a")]}]},
-            "messages.0.content.0",
-            "invalid_value",
+            "messages.0.content.0", "invalid_value",
         ),
     ],
-)
+)  # fmt: skip
 def test_invalid_fields_are_refused_by_name(payload: dict[str, Any], param: str, code: str) -> None:
     with pytest.raises(JobError) as caught:
         native(**payload)
@@ -129,53 +109,23 @@ def test_openai_fields_without_a_meaning_here_are_refused(field: str, value: Any
 # ---- images --------------------------------------------------------------------------------------------
 
 
-def red_images() -> dict[str, str]:
-    red, turned = Image.new("RGB", (64, 48), "red"), Image.new("RGB", (48, 64), "red")
-    exif = turned.getexif()
-    exif[0x0112] = 6  # turned by a quarter
-    frames = [red, Image.new("RGB", (64, 48), "blue")]
-    return {
-        "jpeg": encoded(red, format="JPEG", quality=95),
-        "webp": encoded(red, format="WEBP", lossless=True),
-        "bmp": encoded(red, format="BMP"),
-        "opaque rgba": encoded(red.convert("RGBA")),
-        "palette": encoded(red.convert("P", palette=Image.Palette.ADAPTIVE)),
-        "cmyk": encoded(red.convert("CMYK"), format="TIFF"),
-        "exif": encoded(turned, format="JPEG", quality=95, exif=exif),
-        "animated": encoded(frames[0], format="GIF", save_all=True, append_images=frames[1:]),
-        "1 x 1": png("red", (1, 1)),
-        "1 x 300": png("red", (1, 300)),
-        "300 x 3": png("red", (300, 3)),
-        "large": png("red", (3000, 2000)),
-        "url-safe base64": png("red").replace("+", "-").replace("/", "_"),
-    }
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 3), (3000, 2000)])
+async def test_images_of_odd_sizes(worker: ModuleType, size: tuple[int, int]) -> None:
+    assert (await send(worker.handler, image=png("red", size)))["response"] == answer_to("red")
 
 
-WHITE_IMAGES = {
-    "transparent": png((255, 0, 0, 0), mode="RGBA"),
-    "grey": png(255, mode="L"),
-    "1 bit": png(1, mode="1"),
-    "16 bit": encoded(Image.new("I;16", (64, 48), 65535)),
-}
-IMAGES = [(image, "red") for image in red_images().values()] + [(i, "white") for i in WHITE_IMAGES.values()]
-
-
-@pytest.mark.parametrize(("image", "colour"), IMAGES, ids=[*red_images(), *WHITE_IMAGES])
-async def test_image_formats(worker: ModuleType, image: str, colour: str) -> None:
-    assert (await send(worker.handler, image=image, prompt=WHAT))["response"] == answer_to(colour)
+async def test_transparency_is_white(worker: ModuleType) -> None:
+    """As `load_image` makes it: tests/serving/test_image.py has its other formats."""
+    image = png((255, 0, 0, 0), mode="RGBA")
+    assert (await send(worker.handler, image=image))["response"] == answer_to("white")
 
 
 @pytest.mark.parametrize(
     ("image", "code"),
     [
-        ("", "empty"),
         ("no base64!", "bad_base64"),
         (base64.b64encode(b"%PDF-1.7 named picture.png").decode(), "bad_image"),
-        (png("red", (500, 500))[:200], "bad_image"),
-        ("data:image/png;base64", "bad_url"),
         ("file:///etc/passwd", "bad_url"),
-        ("/etc/passwd", "bad_image"),
-        ("http://127.0.0.1:9/picture.png", "download_failed"),
     ],
 )
 async def test_unreadable_images_fail_their_own_job(worker: ModuleType, image: str, code: str) -> None:
@@ -213,42 +163,16 @@ async def test_any_number_of_images(worker: ModuleType) -> None:
     assert answers[0] != answers[1], "each image stays in its message"
 
 
-async def test_images_are_decoded_beside_the_model(
-    worker: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While an image is being decoded, other jobs' answers go on."""
-    decoding, go_on = threading.Event(), threading.Event()
-    load_image = prompts.load_image
-
-    def hold(data: bytes, *, param: str) -> Any:
-        decoding.set()
-        assert go_on.wait(60)
-        return load_image(data, param=param)
-
-    payload = {"image": png("red"), "prompt": ENDLESS, "max_tokens": 3000, "stream": True}
-    running = worker.handler.stream({"id": "1", "input": payload})
-    await anext(running)
-    monkeypatch.setattr(prompts, "load_image", hold)
-    waiting = asyncio.create_task(send(worker.handler, image=png("blue"), prompt=WHAT))
-    await until(decoding.is_set)
-    assert (await anext(running))["response"]
-    assert not waiting.done()
-    go_on.set()
-    assert (await waiting)["response"] == answer_to("blue")
-    await running.aclose()
-    await until(lambda: worker.engine.generator.running is None)
-
-
 async def test_a_large_image_leaves_the_event_loop_free(worker: ModuleType) -> None:
-    """8 MB of base64. The best of three counts: another process may have the core for a while."""
+    """8 MB of base64."""
     gc.freeze()  # as a worker does when it is ready
-    image, best = encoded(Image.effect_noise((2500, 2500), 90)), 1.0
-    for _ in range(3):
-        with longest_stall() as stall:
-            answer = await send(worker.handler, image=image, max_tokens=2)
+    image = encoded(Image.effect_noise((2500, 2500), 90))
+
+    async def ask() -> None:
+        answer = await send(worker.handler, image=image, max_tokens=2)
         assert answer["usage"]["completion_tokens"] == 2
-        best = min(best, stall[0])
-    assert best < 0.1
+
+    assert await shortest_stall(ask) < 0.1
 
 
 # ---- texts ---------------------------------------------------------------------------------------------
@@ -268,9 +192,6 @@ async def test_the_image_token_is_reserved(worker: ModuleType, payload: dict[str
     problem = await error(worker.handler, **payload)
     assert problem["code"] == "reserved_text"
     assert "'<image>'" in problem["message"]
-
-
-async def test_texts_like_the_image_token_are_not_reserved(worker: ModuleType) -> None:
     prompt = "</image> < image > <img>"
     assert (await send(worker.handler, image=png("red"), prompt=prompt, max_tokens=1))["usage"]
 

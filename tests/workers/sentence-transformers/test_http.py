@@ -46,7 +46,13 @@ def test_embeddings_as_numbers_and_base64(server: Server, client: openai.OpenAI)
         np.testing.assert_allclose(rows, native, atol=1e-5)
     dumped = {"input": TEXTS, "model": None, "encoding_format": None, "dimensions": None, "user": None}
     answer = httpx.post(f"{server.url}/v1/embeddings", json=dumped)
-    np.testing.assert_allclose([row["embedding"] for row in answer.json()["data"]], native, atol=1e-5)
+    body = answer.json()
+    assert set(body) == {"object", "data", "model", "usage"}
+    assert [(set(row), row["object"], row["index"]) for row in body["data"]] == [
+        ({"object", "embedding", "index"}, "embedding", index) for index in (0, 1)
+    ]
+    assert body["usage"] == {"prompt_tokens": 13, "total_tokens": 13}
+    np.testing.assert_allclose([row["embedding"] for row in body["data"]], native, atol=1e-5)
     assert answer.headers["x-inference-time"].isdecimal()
     metrics = httpx.get(f"{server.url}/metrics").text
     assert 'worker_model_seconds_count{route="/v1/embeddings"} 4.0' in metrics

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -15,43 +13,13 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import error_of, longest_stall, openai, send, sse_events, stream, until
-from tests.workers.tgi.test_stand_in import with_bos
+from tests.helpers import error_of, openai, send, shortest_stall, sse_events, stream, until
+from tests.workers.tgi.in_process import prepared, with_bos
 from tools.models import local_env
-from tools.workers import load_handler
 
 pytestmark = pytest.mark.engine
 TALK: Any = [{"role": "user", "content": "Name three rivers."}]
 CHAT = "/v1/chat/completions"
-
-
-KEPT: list[Any] = []  # an engine's session must exist until the loop of the test that uses it ends
-
-
-@contextmanager
-def prepared(**env: str) -> Iterator[ModuleType]:
-    """The handler's module as `prepare()` leaves it, for a while."""
-    module = load_handler("tgi")
-    before = getattr(module, "engine", None)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**local_env("tgi"), **env}.items():
-            patch.setenv(name, value)
-        # In a thread of its own: the test's loop runs already.
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(module.prepare).result()
-    engine = module.engine
-    KEPT.append(engine)
-    try:
-        yield module
-    finally:
-        engine.client.stop()
-        module.__dict__["engine"] = before
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[ModuleType]:
-    with prepared() as module:
-        yield module
 
 
 async def error(handler: Any, **payload: Any) -> dict[str, Any]:
@@ -102,10 +70,9 @@ async def test_a_stream_equals_the_complete_answer(worker: ModuleType, settings:
         assert "".join(part["response"] for part in parts) == plain["response"]
         assert end == {**plain, "response": ""}
         if settings.get("details"):
-            assert len(plain["details"]["tokens"]) == plain["usage"]["completion_tokens"]
-            assert [len(top) for top in plain["details"]["top_tokens"]] == [2] * len(
-                plain["details"]["tokens"]
-            )
+            count = plain["usage"]["completion_tokens"]
+            assert len(plain["details"]["tokens"]) == count
+            assert [len(top) for top in plain["details"]["top_tokens"]] == [2] * count
         if settings.get("return_full_text"):
             assert plain["response"].startswith(f"river {number} ")
 
@@ -130,7 +97,8 @@ async def test_messages_equal_tgis_own_chat_route(worker: ModuleType) -> None:
     """With all of TGI's parameters beside, which its chat route does not have."""
     body = {"messages": TALK, "max_tokens": 20, "temperature": 0}
     theirs = await direct(worker, "/v1/chat/completions", **body)
-    answer = await send(worker.handler, **body)
+    nulls = [{**message, "name": None, "tool_calls": None} for message in TALK]  # are left out
+    answer = await send(worker.handler, **{**body, "messages": nulls})
     assert answer["response"] == theirs["choices"][0]["message"]["content"].rstrip("\ufffd")
     assert answer["usage"] == theirs["usage"]
     assert (await send(worker.handler, **body, repetition_penalty=1.3))["response"] != answer["response"]
@@ -147,9 +115,8 @@ async def test_the_bos_token_is_added_once(tmp_path: Path) -> None:
         assert answer["usage"] == theirs["usage"]
         assert answer["response"] == theirs["choices"][0]["message"]["content"].rstrip("\ufffd")
         tokens = await direct(module, "/tokenize", inputs="river")
-        assert (await send(module.handler, prompt="river", max_tokens=2))["usage"]["prompt_tokens"] == len(
-            tokens
-        )
+        answer = await send(module.handler, prompt="river", max_tokens=2)
+        assert answer["usage"]["prompt_tokens"] == len(tokens)
 
 
 async def test_an_answer_ends_before_its_stop_text(worker: ModuleType) -> None:
@@ -171,16 +138,9 @@ async def test_an_answer_ends_before_its_stop_text(worker: ModuleType) -> None:
         plain = (await openai(worker.handler, route, **field, **asked, stop=stop))["choices"][0]
         assert plain["finish_reason"] == "stop"
         assert (plain.get("text") or plain["message"]["content"]) == cut
-        body = {**field, **asked, "stop": stop, "stream": True}
-        streamed = [
-            event["choices"][0]
-            for event in sse_events(await stream(worker.handler, openai_route=route, openai_input=body))
-        ]
-        parts = [
-            choice["text"] if "text" in choice else choice["delta"].get("content") or ""
-            for choice in streamed
-        ]
-        assert "".join(parts) == cut
+        job = through(route, **field, **asked, stop=stop, stream=True)
+        streamed = [event["choices"][0] for event in sse_events(await stream(worker.handler, **job))]
+        assert "".join(c.get("text") or c.get("delta", {}).get("content") or "" for c in streamed) == cut
         assert [choice["finish_reason"] for choice in streamed] == [None] * (len(streamed) - 1) + ["stop"]
 
 
@@ -191,8 +151,8 @@ async def test_the_end_token_is_no_text(worker: ModuleType) -> None:
         plain = (await openai(worker.handler, "/v1/completions", **body))["choices"][0]
         if plain["finish_reason"] == "stop":
             break
-    body["stream"] = True
-    streamed = sse_events(await stream(worker.handler, openai_route="/v1/completions", openai_input=body))
+    job = through("/v1/completions", **body, stream=True)
+    streamed = sse_events(await stream(worker.handler, **job))
     assert "".join(event["choices"][0]["text"] for event in streamed) == plain["text"]
     assert streamed[-1]["choices"][0]["finish_reason"] == "stop"
 
@@ -210,30 +170,15 @@ async def test_the_default_length_is_what_a_long_prompt_leaves(worker: ModuleTyp
     assert "1900" in problem["message"]
 
 
-async def test_null_fields_of_messages_are_left_out(worker: ModuleType) -> None:
-    talk = [{"role": "user", "content": "Hi", "name": None, "tool_calls": None}]
-    answer = await send(worker.handler, messages=talk, max_tokens=2, temperature=0)
-    same = await openai(worker.handler, CHAT, messages=talk, max_tokens=2, temperature=0)
-    assert answer["response"] == same["choices"][0]["message"]["content"]
-
-
 async def test_null_means_unset(worker: ModuleType) -> None:
     """Clients that dump their models send null for every field."""
     for route, body in ((CHAT, {"messages": TALK}), ("/v1/completions", {"prompt": "a"})):
-        fields = [
-            *worker.ROUTES[route].model_fields,
-            "n",
-            "logit_bias",
-            "presence_penalty",
-            "user",
-            "functions",
-        ]
-        nulls = dict.fromkeys(fields) | body | {"max_tokens": 2, "seed": 3}
-        answer = await openai(worker.handler, route, **nulls)
-        assert (
-            answer["choices"]
-            == (await openai(worker.handler, route, **body, max_tokens=2, seed=3))["choices"]
-        )
+        others = ("n", "logit_bias", "presence_penalty", "user", "functions")
+        asked = {**body, "max_tokens": 2, "seed": 3}
+        nulls = dict.fromkeys([*worker.ROUTES[route].model_fields, *others])
+        expected = await openai(worker.handler, route, **asked)
+        answer = await openai(worker.handler, route, **{**nulls, **asked})
+        assert answer["choices"] == expected["choices"]
 
 
 @pytest.mark.parametrize(
@@ -275,15 +220,13 @@ async def test_a_job_that_fails_names_the_field_and_the_worker_goes_on(
 
 
 async def test_an_error_within_a_stream_comes_after_its_text(worker: ModuleType) -> None:
-    *parts, event, end = await stream(
-        worker.handler, prompt="[[slow 30]] [[fail 9]]", max_tokens=20, stream=True
-    )
+    body = {"prompt": "[[slow 30]] [[fail 9]]", "stream": True}
+    *parts, event, end = await stream(worker.handler, **body, max_tokens=20)
     assert [set(part) for part in parts] == [{"response"}] * len(parts)
     assert parts
     assert event["event"] == "error"
     assert event["detail"]["code"] == json.loads(end["error"])["code"] == "generation_failed"
-    body = {"prompt": "[[slow 30]] [[fail 9]]", "stream": True}
-    *chunks, end = await stream(worker.handler, openai_route="/v1/completions", openai_input=body)
+    *chunks, end = await stream(worker.handler, **through("/v1/completions", **body))
     *made, last = sse_events(chunks)
     assert made
     assert last["error"]["code"] == json.loads(end["error"])["code"] == "generation_failed"
@@ -295,8 +238,8 @@ async def test_an_error_within_a_stream_comes_after_its_text(worker: ModuleType)
         {"prompt": "[[slow 3600000]]"},
         {"prompt": "[[slow 500]]", "stream": True, "max_tokens": 2000},
         {"prompt": "[[slow 3600000]]", "best_of": 2},
-        {"openai_route": "/v1/completions", "openai_input": {"prompt": ["[[slow 3600000]]"] * 2}},
-        {"openai_route": "/v1/completions", "openai_input": {"prompt": "[[slow 3600000]]", "stream": True}},
+        through("/v1/completions", prompt=["[[slow 3600000]]"] * 2),
+        through("/v1/completions", prompt="[[slow 3600000]]", stream=True),
     ],
     ids=str,
 )  # fmt: skip
@@ -350,10 +293,7 @@ async def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
         if file.name != "chat_template.jinja":
             (tmp_path / file.name).symlink_to(file)
     with prepared(MODEL_NAME=str(tmp_path)) as module:
-        for payload in (
-            {"messages": TALK},
-            {"openai_route": "/v1/chat/completions", "openai_input": {"messages": TALK, "stream": True}},
-        ):
+        for payload in ({"messages": TALK}, through(CHAT, messages=TALK, stream=True)):
             problem = await error(module.handler, **payload)
             assert (problem["param"], problem["code"]) == ("messages", "no_chat_template")
         assert (await send(module.handler, prompt="The river", max_tokens=1))["finish_reason"] == "length"
@@ -361,11 +301,10 @@ async def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
 
 async def test_a_large_request_and_answer_do_not_stall_the_loop(worker: ModuleType) -> None:
     prompt = "caf\u00e9 river " * 300_000
-    stalls = []
-    for _ in range(3):  # best of three: the machine may be busy
-        with longest_stall() as stall:
-            fields = {"prompt": prompt, "truncate": 9, "return_full_text": True, "max_tokens": 3}
-            answer = await send(worker.handler, **fields)
-            assert answer.get("response", "").startswith(prompt), str(answer)[:500]
-        stalls += stall
-    assert min(stalls) < 0.1
+    fields = {"prompt": prompt, "truncate": 9, "return_full_text": True, "max_tokens": 3}
+
+    async def ask() -> None:
+        answer = await send(worker.handler, **fields)
+        assert answer.get("response", "").startswith(prompt), str(answer)[:500]
+
+    assert await shortest_stall(ask) < 0.1

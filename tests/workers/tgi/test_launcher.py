@@ -59,10 +59,6 @@ def test_the_defaults_of_the_command_line() -> None:
     }  # fmt: skip
 
 
-def test_tgi_reads_its_own_variables() -> None:
-    assert parsed(MAX_BEST_OF="7", MAX_TOTAL_TOKENS="100").max_best_of == 7
-
-
 def test_the_environment_cannot_mislead_tgi() -> None:
     """Empty variables, which are errors there, and names that mean something else in a container."""
     empty = {name.upper(): "" for name in stand_in.ARGUMENTS if name != "model_id"}

@@ -62,9 +62,7 @@ def grouped(words: list[str]) -> dict[str, list[str]]:
     [
         ({}, []),
         # the reference's names
-        ({"TENSOR_PARALLEL_SIZE": "2"}, ["--tensor-parallel-size", "2"]),
         ({"GPU_MEMORY_UTILIZATION": "0.95"}, ["--gpu-memory-utilization", "0.95"]),
-        ({"MAX_MODEL_LEN": "16384"}, ["--max-model-len", "16384"]),
         ({"MAX_MODEL_LEN": "16k"}, ["--max-model-len", "16k"]),
         ({"QUANTIZATION": "awq"}, ["--quantization", "awq"]),
         ({"ENFORCE_EAGER": "True"}, ["--enforce-eager"]),
@@ -90,6 +88,11 @@ def grouped(words: list[str]) -> dict[str, list[str]]:
         # the official worker's names
         ({"TOKENIZER_NAME": "me/tokenizer"}, ["--tokenizer", "me/tokenizer"]),
         ({"CUSTOM_CHAT_TEMPLATE": "/t.jinja"}, ["--chat-template", "/t.jinja"]),
+        ({"SERVED_MODEL_NAME": "one two"}, ["--served-model-name", "one", "two"]),
+        (
+            {"OPENAI_SERVED_MODEL_NAME_OVERRIDE": "three", "SERVED_MODEL_NAME": "one"},
+            ["--served-model-name", "three"],
+        ),
     ],
 )  # fmt: skip
 def test_variables_become_flags(
@@ -169,29 +172,14 @@ def test_a_config_file_that_is_refused(
     assert caught.value.message.startswith(expected)
 
 
-def test_served_names(words: Callable[..., list[str]]) -> None:
-    def served(**env: str) -> list[str]:
-        line = words(MODEL_NAME="me/model", **env)
-        return line[line.index("--served-model-name") + 1 : line.index("--dtype")]
-
-    assert served(SERVED_MODEL_NAME="one") == ["one"]
-    assert served(SERVED_MODEL_NAME="one two") == ["one", "two"]
-    assert served(OPENAI_SERVED_MODEL_NAME_OVERRIDE="three", SERVED_MODEL_NAME="one") == ["three"]
-
-
-def test_all_gpus_that_divide_the_heads(words: Callable[..., list[str]], tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"num_attention_heads": 28}}))
-    for visible, size in (("0", None), ("0,1", "2"), ("0,1,2", "2"), ("0,1,2,3,4,5,6,7", "7"), ("-1", None)):
-        line = words(MODEL_NAME="me/model", CUDA_VISIBLE_DEVICES=visible)
-        assert ("--tensor-parallel-size" in line) == (size is not None), visible
-        assert size is None or line[line.index("--tensor-parallel-size") + 1] == size
-    line = words(MODEL_NAME="me/model", CUDA_VISIBLE_DEVICES="0,1", TENSOR_PARALLEL_SIZE="1")
-    assert line[line.index("--tensor-parallel-size") + 1] == "1"
-
-
 @pytest.mark.parametrize(
     ("env", "size"),
     [
+        ({"CUDA_VISIBLE_DEVICES": "0"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, "2"),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2"}, "2"),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "TENSOR_PARALLEL_SIZE": "1"}, "1"),
         ({"PIPELINE_PARALLEL_SIZE": "2"}, "4"),
         ({"PIPELINE_PARALLEL_SIZE": "2", "VLLM_EXTRA_ARGS": "--data_parallel_size=2"}, "2"),
         ({"DATA_PARALLEL_SIZE": "8"}, None),
@@ -204,15 +192,18 @@ def test_all_gpus_that_divide_the_heads(words: Callable[..., list[str]], tmp_pat
         ({"VLLM_CONFIG_FILE": "seed: 2"}, "8"),
     ],
 )
-def test_stages_and_copies_share_the_gpus(
+def test_all_gpus_that_divide_the_heads_are_used(
     words: Callable[..., list[str]], tmp_path: Path, env: dict[str, str], size: str | None
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 32}))
+    """Stages and copies share them."""
     if text := env.get("VLLM_CONFIG_FILE"):
         (tmp_path / "vllm.yaml").write_text(text)
         env = {"VLLM_CONFIG_FILE": str(tmp_path / "vllm.yaml")}
-    line = words(MODEL_NAME="me/model", CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7", **env)
-    assert grouped(line).get("--tensor-parallel-size") == (size and [size])
+    heads = {"num_attention_heads": 32}
+    for config in (heads, {"text_config": heads}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        line = words(**{"MODEL_NAME": "me/model", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7", **env})
+        assert grouped(line).get("--tensor-parallel-size") == (size and [size])
 
 
 def test_gpus_are_counted_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,6 @@ import httpx
 import openai
 import pytest
 
-from serving.engine_server import reaper
 from tests.helpers import wait_until
 from tests.shared.http.servers import Server, running
 from tests.workers.vllm.test_handler import env_of
@@ -69,12 +65,6 @@ def test_the_status_of_the_engines_error(
     assert server.work(prompt=f"fail {status}", stream=streamed).status_code == status
 
 
-def test_no_other_route_of_the_engine(server: Server) -> None:
-    for path in ("/v1/load_lora_adapter", "/sleep", "/v1/completions/../../sleep"):
-        assert httpx.post(server.url + path, json={}).status_code == 404
-    assert httpx.get(f"{server.url}/openapi.json").status_code == 200
-
-
 def test_the_engines_metrics_follow_the_workers(server: Server) -> None:
     text = httpx.get(f"{server.url}/metrics").text
     assert re.search(r'^vllm:cache_config_info\{engine="0",', text, re.MULTILINE)
@@ -96,32 +86,6 @@ def test_a_client_that_hangs_up_frees_the_engine(server: Server, streamed: bool)
     wait_until(lambda: count(server, "dropped") > dropped, 5)
 
 
-def test_a_dead_engine_ends_the_worker() -> None:
-    with running(module=MODULE, **env_of()) as server:
-        events, errors = stream(server, "wait 600"), list[Exception]()
-
-        def ask() -> None:
-            try:
-                client(server).completions.create(model="model", prompt="wait 600")
-            except openai.APIStatusError as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=ask)
-        thread.start()
-        wait_until(lambda: count(server, "received wait") == 2)
-        (engine,) = map(int, re.findall(r"vllm: process (\d+)", "".join(server.log)))
-        os.kill(engine, signal.SIGKILL)
-        with pytest.raises(openai.APIError, match="The engine died"):
-            list(events)
-        thread.join()
-        (error,) = errors
-        assert isinstance(error, openai.InternalServerError)
-        assert (error.status_code, error.code) == (503, "engine_died")
-        assert server.ping() in (503, None)
-        assert server.end() == 1
-        assert reaper.members(engine) == []
-
-
 HEAD_SIZE = "ERROR 11-28 10:00:00 [core.py:9] ValueError: Head size 16 is not supported."
 
 
@@ -130,14 +94,3 @@ def test_an_engine_that_dies_of_its_first_request_is_started_once_more(tmp_path:
     with running(module=MODULE, **env) as server:
         assert server.work(prompt="hello").status_code == 200
         assert count(server, "vllm: process") == 2
-
-
-def test_one_that_dies_again_is_the_answer_to_every_request() -> None:
-    with running(module=MODULE, **env_of(PREWARM="true", FAKE_DIES="1", FAKE_SAYS=HEAD_SIZE)) as server:
-        for _ in range(2):
-            error = server.work(prompt="hello")
-            assert error.status_code == 503
-            assert "first requests: ValueError: Head size 16 is not supported. Use" in error.text
-            assert "engine_failed" in error.text
-        assert count(server, "vllm: process") == 2
-        assert server.ping() == 200  # it is not replaced

@@ -20,9 +20,13 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handler, "engine", handler.Engine(None), raising=False)
 
 
+def asked(**payload: Any) -> Any:
+    """Method, path and body of the engine's request."""
+    return handler.engine_request(validate(schemas.GenerateRequest, payload))
+
+
 def test_the_defaults_of_the_reference() -> None:
-    request = validate(schemas.GenerateRequest, {"prompt": "a"})
-    assert handler.engine_request(request) == (
+    assert asked(prompt="a") == (
         "POST",
         "/v1/completions",
         {
@@ -36,8 +40,7 @@ def test_a_default_is_no_longer_than_the_model(monkeypatch: pytest.MonkeyPatch) 
     models = '{"data":[{"id":"m","max_model_len":%s},{"id":"adapter","max_model_len":null}]}'
     assert [handler.max_default_tokens(text) for text in (models % 128, models % 4096, "")] == [128, 512, 512]
     monkeypatch.setattr(handler, "engine", handler.Engine(None, 128))
-    request = validate(schemas.GenerateRequest, {"prompt": "a"})
-    assert handler.engine_request(request)[2]["max_tokens"] == 128
+    assert asked(prompt="a")[2]["max_tokens"] == 128
 
 
 def test_vllms_own_fields_pass_untouched() -> None:
@@ -47,8 +50,7 @@ def test_vllms_own_fields_pass_untouched() -> None:
         "structured_outputs": {"regex": "a"}, "chat_template_kwargs": {"enable_thinking": False},
         "max_completion_tokens": 9, "stop": ["x"],
     }  # fmt: skip
-    request = validate(schemas.GenerateRequest, {"messages": TALK, **fields})
-    method, path, body = handler.engine_request(request)
+    method, path, body = asked(messages=TALK, **fields)
     assert (method, path) == ("POST", "/v1/chat/completions")
     assert body["messages"] == TALK
     assert fields.items() <= body.items()
@@ -56,24 +58,16 @@ def test_vllms_own_fields_pass_untouched() -> None:
 
 
 def test_a_stream_includes_its_usage() -> None:
-    request = validate(
-        schemas.GenerateRequest,
-        {"prompt": "a", "stream": True, "stream_options": {"continuous_usage_stats": True}},
-    )
-    assert handler.engine_request(request)[2]["stream_options"] == {
-        "include_usage": True,
-        "continuous_usage_stats": True,
-    }
+    body = asked(prompt="a", stream=True, stream_options={"continuous_usage_stats": True})[2]
+    assert body["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
 
 
 def test_the_official_workers_form() -> None:
-    payload = {"prompt": "a", "sampling_params": {"max_tokens": 5, "temperature": 0.0}}
-    request = validate(schemas.GenerateRequest, payload)
-    body = handler.engine_request(request)[2]
+    body = asked(prompt="a", sampling_params={"max_tokens": 5, "temperature": 0.0})[2]
     assert (body["max_tokens"], body["temperature"]) == (5, 0.0)
     assert "sampling_params" not in body
     with pytest.raises(JobError, match="temperature"):
-        validate(schemas.GenerateRequest, {"prompt": "a", "sampling_params": {"temperature": 9.0}})
+        asked(prompt="a", sampling_params={"temperature": 9.0})
 
 
 @pytest.mark.parametrize(
@@ -100,7 +94,7 @@ def test_the_official_workers_form() -> None:
 )  # fmt: skip
 def test_an_invalid_field_is_refused_by_name(payload: dict[str, Any], param: str, text: str) -> None:
     with pytest.raises(JobError) as caught:
-        validate(schemas.GenerateRequest, payload)
+        asked(**payload)
     assert str(caught.value.param).split(".")[0] == param
     assert text in caught.value.message
 

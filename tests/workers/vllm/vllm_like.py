@@ -1,7 +1,7 @@
 """As much of `vllm serve` as the failures of workers/vllm need, in a second instead of a minute.
 
-Prompts are orders: `wait SECONDS`, `hang`, `stop` (a stream, without its end), `fail STATUS`; anything else
-is answered with itself, and each is printed. Environment:
+Prompts are orders: `wait SECONDS`, `hang`, `fail STATUS`; anything else is answered with itself, and each is
+printed. Environment:
 FAKE_SAYS is written before an exit with status 1, FAKE_SAYS_ONCE (FILE:TEXT) only where FILE is missing;
 with FAKE_DIES=1 at the first request.
 Its processes are the server and one that would hold a GPU.
@@ -50,21 +50,12 @@ async def completions(request: web.Request) -> web.StreamResponse:
     body = await request.json()
     name = f"cmpl-{request.headers['X-Request-Id']}"
     if body["prompt"].startswith("fail"):
-        error = {
-            "message": "as asked",
-            "type": "AsAskedError",
-            "param": "prompt",
-            "code": int(body["prompt"][5:]),
-        }
-        return web.json_response({"error": error}, status=error["code"])
-    answer = {
-        "id": name,
-        "object": "text_completion",
-        "created": 1,
-        "model": "model",
-        "choices": [{"index": 0, "text": body["prompt"], "finish_reason": "stop"}],
-        "argv": rest,
-    }
+        status = int(body["prompt"][5:])
+        error = {"message": "as asked", "type": "AsAskedError", "param": "prompt", "code": status}
+        return web.json_response({"error": error}, status=status)
+    choice = {"index": 0, "text": body["prompt"], "finish_reason": "stop"}
+    answer = {"id": name, "object": "text_completion", "created": 1, "model": "model", "choices": [choice]}
+    answer["argv"] = rest
     if not body.get("stream"):
         await obey(body["prompt"])
         return web.json_response(answer)
@@ -72,8 +63,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     await response.prepare(request)
     await response.write(f"data: {json.dumps(answer)}\n\n".encode())
     await obey(body["prompt"])
-    if body["prompt"] != "stop":
-        await response.write(b"data: [DONE]\n\n")
+    await response.write(b"data: [DONE]\n\n")
     return response
 
 
