@@ -69,9 +69,7 @@ def test_a_job_goes_through_its_states_and_times(queue: Queue, clock: Clock) -> 
         ({"output": 1, "stopPod": True}, "COMPLETED", {"output": 1}),
     ],
 )
-def test_what_a_report_makes_of_a_job(
-    queue: Queue, report: dict[str, object], state: str, result: dict[str, object]
-) -> None:
+def test_job_results(queue: Queue, report: dict[str, object], state: str, result: dict[str, object]) -> None:
     job = queue.submit(INPUT, sync=False)
     take(queue)
     queue.report("a", job.id, report)

@@ -59,13 +59,6 @@ def test_zero_has_an_effect_where_the_number_of_entries_is_asked_for() -> None:
     assert caught.value.param == "prompt_logprobs"
 
 
-def test_unknown_fields_are_ignored() -> None:
-    request = validate(
-        ChatCompletionRequest, {"messages": MESSAGES, "my_own": 5, "user": "me", "store": True}
-    )
-    refuse_unserved(request, **UNSERVED)
-
-
 @pytest.mark.parametrize("bias", [{"a": 1.0}, {"-1": 1.0}, {"5": 101.0}])
 def test_a_logit_bias_that_is_none_is_refused(bias: dict[str, float]) -> None:
     with pytest.raises(JobError) as caught:

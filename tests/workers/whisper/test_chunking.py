@@ -87,9 +87,7 @@ def test_detected_speech_is_gathered_into_chunks() -> None:
         ([], []),
     ],
 )
-def test_the_first_speech_is_a_chunk_of_its_own(
-    speech: list[tuple[float, float]], expected: list[tuple[float, float]]
-) -> None:
+def test_first_speech_alone(speech: list[tuple[float, float]], expected: list[tuple[float, float]]) -> None:
     samples, _ = bursts(15)
     spans = [(round(start * SAMPLE_RATE), round(end * SAMPLE_RATE)) for start, end in speech]
     chunks = chunk_audio(samples, spans, max_seconds=30, first_speech_alone=True)

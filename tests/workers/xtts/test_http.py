@@ -59,9 +59,7 @@ def samples_of(data: bytes, kind: str, rate: int) -> Samples:
 
 @pytest.mark.parametrize("rate", [None, 48000])
 @pytest.mark.parametrize("kind", MEDIA_TYPES)
-async def test_the_file_has_the_samples_of_the_complete_answer(
-    worker: ModuleType, client: openai.OpenAI, kind: Any, rate: int | None
-) -> None:
+async def test_audio_files(worker: ModuleType, client: openai.OpenAI, kind: Any, rate: int | None) -> None:
     own = {"seed": 5, "sample_rate": rate}
     reply = client.audio.speech.create(
         model="tiny-random/xtts", voice="nova", input=TEXT, response_format=kind, extra_body=own
@@ -80,9 +78,7 @@ async def test_the_file_has_the_samples_of_the_complete_answer(
 
 
 @pytest.mark.parametrize("kind", MEDIA_TYPES)
-def test_bytes_arrive_while_the_rest_is_synthesised(
-    worker: ModuleType, client: openai.OpenAI, kind: Any
-) -> None:
+def test_audio_is_streamed(worker: ModuleType, client: openai.OpenAI, kind: Any) -> None:
     engine = worker.engine.synthesizer.engine
     with client.audio.speech.with_streaming_response.create(
         model="tiny-random/xtts", voice="nova", input=LONG, response_format=kind
@@ -102,9 +98,7 @@ def test_bytes_arrive_while_the_rest_is_synthesised(
         ({"response_format": "opus", "extra_body": {"sample_rate": 44100}}, "sample_rate", "invalid_value"),
     ],
 )
-def test_errors_come_before_the_file(
-    client: openai.OpenAI, body: dict[str, Any], param: str, code: str
-) -> None:
+def test_errors_have_a_status(client: openai.OpenAI, body: dict[str, Any], param: str, code: str) -> None:
     asked: dict[str, Any] = {"model": "tiny-random/xtts", "voice": "nova", "input": "Hello.", **body}
     with pytest.raises(openai.APIStatusError) as caught:
         client.audio.speech.create(**asked)

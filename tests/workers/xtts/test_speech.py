@@ -117,9 +117,7 @@ async def test_speed(say: Any) -> None:
 
 
 @engine
-async def test_an_answer_too_large_is_stopped_early(
-    worker: ModuleType, say: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_result_over_the_limit(worker: ModuleType, say: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker.handler, "max_result_bytes", 25_000)
     text = "A sentence. " * 6
     for kind in ("wav", "flac"):
@@ -152,9 +150,7 @@ async def test_the_event_loop_goes_on_beside_a_large_request(worker: ModuleType)
 @pytest.mark.parametrize(
     ("kind", "rate"), [("pcm", None), ("wav", None), ("mp3", None), ("pcm", 8000), ("pcm", 48000)]
 )
-async def test_a_stream_is_the_same_speech_in_chunks(
-    worker: ModuleType, say: Any, kind: str, rate: int | None
-) -> None:
+async def test_streamed_chunks(worker: ModuleType, say: Any, kind: str, rate: int | None) -> None:
     request: dict[str, Any] = {
         "text": "One sentence. And another one, which is longer!\nA third.",
         "seed": 11, "response_format": kind, "sample_rate": rate,
@@ -171,9 +167,7 @@ async def test_a_stream_is_the_same_speech_in_chunks(
 
 
 @engine
-async def test_a_long_part_is_sent_in_several_chunks(
-    worker: ModuleType, say: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_longest_chunk(worker: ModuleType, say: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speech, "MAX_CHUNK_S", 0.1)
     request = {"text": "Hello world.", "seed": 1, "response_format": "pcm"}
     *chunks, _ = await stream(worker.handler, **request, stream=True)

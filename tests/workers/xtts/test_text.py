@@ -154,9 +154,7 @@ def test_odd_texts(tokenizer: TextTokenizer, text: str, segments: int | None) ->
         ("Ave.", "la", "language", "unsupported"),
     ],
 )
-def test_texts_that_cannot_be_spoken(
-    tokenizer: TextTokenizer, text: str, language: str, param: str, code: str
-) -> None:
+def test_unspeakable_texts(tokenizer: TextTokenizer, text: str, language: str, param: str, code: str) -> None:
     with pytest.raises(JobError) as caught:
         tokenizer.encode(text, language)
     assert (caught.value.param, caught.value.code) == (param, code)

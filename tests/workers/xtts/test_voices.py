@@ -154,9 +154,7 @@ async def test_the_key_is_the_content_of_all_recordings(voices: Voices) -> None:
 
 
 @engine
-async def test_a_clone_is_the_librarys(
-    synthesizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_cloned_voice(synthesizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`get_conditioning_latents` of files, whose reader would need ffmpeg's libraries, by soundfile here."""
     from TTS.tts.models import xtts as library
 
