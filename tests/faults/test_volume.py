@@ -194,7 +194,6 @@ def test_a_lost_host_is_taken_over_when_its_heartbeat_stands_still(hub: Hub) -> 
 
 @pytest.mark.engine
 def test_twenty_kills_leave_no_model(hub: Hub, machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGKILL at random moments of a download. Each start finds what the last one left."""
     hub.fault("GET /cdn", rate=100_000)
     monkeypatch.setattr(hub_module, "RETRY_S", ())
     numbers = random.Random(20)

@@ -257,7 +257,6 @@ def test_the_examples_that_serve_prints_work(
 
 
 def test_the_command_line_serves_a_real_worker() -> None:
-    """What is printed works when it is pasted."""
     command = [sys.executable, "-m", "local", "serve", "sentence-transformers", "--mode=http", "--port=0"]
     env = os.environ | local_env("sentence-transformers")
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}

@@ -223,13 +223,6 @@ def test_retry_starts_the_ttl_anew(queue: Queue, clock: Clock) -> None:
     assert job.state == "TIMED_OUT"
 
 
-def test_purge_cancels_queued_jobs_only(queue: Queue) -> None:
-    jobs = [queue.submit(INPUT, sync=False) for _ in range(3)]
-    take(queue)
-    assert queue.purge() == 2
-    assert [job.state for job in jobs] == ["IN_PROGRESS", "CANCELLED", "CANCELLED"]
-
-
 def test_a_job_without_its_worker_returns_to_the_head_of_the_queue(queue: Queue) -> None:
     first, second = queue.submit(INPUT, sync=False), queue.submit(INPUT, sync=False)
     take(queue, "a")

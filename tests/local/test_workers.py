@@ -63,7 +63,6 @@ def starts(notes: Path, name: str) -> list[str]:
 
 
 def test_three_workers_share_a_queue(three: Client) -> None:
-    """Three jobs that have no end are with three workers, and the others follow when there is one free."""
     endless = [three.run(sleep=60) for _ in range(3)]
     assert len({three.wait(name, "IN_PROGRESS")["workerId"] for name in endless}) == 3
     names = [three.run(n=n) for n in range(9)]

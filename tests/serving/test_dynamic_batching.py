@@ -180,15 +180,9 @@ async def test_two_large_submissions_advance_side_by_side() -> None:
 # The idle engine
 
 
-def no_timers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A timer of the loop's fails the test."""
-
-    for method in ("call_at", "call_later"):
-        monkeypatch.setattr(asyncio.get_running_loop(), method, None)
-
-
 async def test_an_idle_engine_starts_a_batch_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    no_timers(monkeypatch)
+    for method in ("call_at", "call_later"):  # it sets no timer
+        monkeypatch.setattr(asyncio.get_running_loop(), method, None)
     engine = Engine()
     batcher = engine.batcher()
     items = [Text(n, 10) for n in range(10)]

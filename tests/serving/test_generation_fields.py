@@ -39,7 +39,6 @@ def test_every_known_field_has_a_place(model: Any, fields: set[str], handled_els
 
 @pytest.mark.parametrize("field", UNSERVED)
 def test_a_field_that_is_not_served_is_refused_by_name(field: str) -> None:
-    """Not with its neutral value, and not with null or false."""
 
     def refuse(value: Any) -> None:
         refuse_unserved(validate(ChatCompletionRequest, {"messages": MESSAGES, field: value}), **UNSERVED)

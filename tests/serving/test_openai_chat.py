@@ -45,7 +45,6 @@ def test_a_completion_is_what_the_client_parses() -> None:
 
 
 def test_chunks_are_what_the_client_parses_without_the_fields_they_lack() -> None:
-    """A role in the first chunk of a choice only, no content in its last, usage in the last of all."""
     chunks = ChatChunks(HEAD)
     text = chunks.delta(0, "") + chunks.delta(1, "x", LOGPROBS) + chunks.delta(0, "y") + chunks.delta(0, "")
     text += chunks.finish(0, "stop") + chunks.finish(1, "length") + chunks.end(usage(3, 4))

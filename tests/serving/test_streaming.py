@@ -83,7 +83,6 @@ async def test_any_timing_gives_the_same_text_within_the_limit(units, gaps, paus
 
 
 async def test_the_first_unit_does_not_wait_and_the_rest_are_joined():
-    """The second is made when the first has arrived, and the consumer is busy until the last one is there."""
     arrived, chunks = asyncio.Event(), []
 
     async def source():
@@ -103,14 +102,15 @@ async def test_the_first_unit_does_not_wait_and_the_rest_are_joined():
     assert chunks == ["<0>", "".join(f"<{n}>" for n in range(1, 10))]
 
 
-async def test_all_that_came_at_once_is_relayed_at_once_and_cut_between_events():
+async def test_chunks_are_cut_between_events():
     events = ["data: {}\n\n".format("x" * n) for n in range(1, 60)]
     assert await collected(Engine(["".join(events)])(), through=relay) == ["".join(events)]
-    chunks = await collected(Engine(["".join(events)])(), through=relay, max_bytes=200)
-    assert "".join(chunks) == "".join(events)
-    assert all(posted(chunk) <= 200 for chunk in chunks)
-    assert all(chunk.endswith("\n\n") and chunk.startswith("data: ") for chunk in chunks)
-    assert any(chunk.count("data") > 1 for chunk in chunks)
+    for units, through in ((["".join(events)], relay), (events, coalesce)):
+        chunks = await collected(Engine(units)(), through=through, max_bytes=200)
+        assert "".join(chunks) == "".join(events)
+        assert all(posted(chunk) <= 200 for chunk in chunks)
+        assert all(chunk.endswith("\n\n") and chunk.startswith("data: ") for chunk in chunks)
+        assert any(chunk.count("data") > 1 for chunk in chunks)
 
 
 async def test_a_relayed_source_is_asked_only_when_the_consumer_is():
@@ -121,13 +121,6 @@ async def test_a_relayed_source_is_asked_only_when_the_consumer_is():
     assert engine.given == 1
     await stream.aclose()
     assert engine.cleaned_up
-
-
-async def test_units_are_not_cut_where_they_fit():
-    units = ["data: {}\n\n".format("x" * n) for n in range(1, 60)]
-    chunks = await collected(Engine(units)(), max_bytes=200)
-    assert len(chunks) > 5
-    assert all(chunk.endswith("\n\n") and chunk.startswith("data: ") for chunk in chunks)
 
 
 @pytest.mark.parametrize("character", ["a", '"', "a\n", "\x01", "é", "漢", "😀", FAMILY, "e\u0301"])

@@ -70,7 +70,6 @@ def test_tokens_arrive_about_as_fast_as_they_are_made(client: Client) -> None:
 
 @pytest.mark.parametrize("gap_s", [TOKEN_S, 0.5], ids=["in a post", "waiting for the engine"])
 def test_a_cancelled_job_closes_its_source_and_others_go_on(client: Client, gap_s: float) -> None:
-    """The source would go on for minutes."""
     cancelled = client.run(units=["x"] * 100_000, gap_s=gap_s)
     kept = client.run(units=TOKENS, gap_s=TOKEN_S)
     wait_until(lambda: parts_of(client, cancelled))

@@ -239,7 +239,6 @@ def test_an_otlp_endpoint_that_does_not_answer_delays_neither_start_nor_requests
 
 @pytest.mark.engine
 def test_a_job_of_the_queue_is_logged_and_exported() -> None:
-    """Through the SDK's local run of one job."""
     job = json.dumps({"input": {"text": "hi", "seconds": 0.1}})
     with receiving() as receiver:
         env = {

@@ -179,7 +179,6 @@ def test_a_local_folder_comes_first(machine: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.usefixtures("dead")
 def test_the_order_of_the_copies(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each copy is removed in turn, and the next one is used."""
     lower = MODEL.lower()
     monkeypatch.setenv("HF_HUB_CACHE", str(machine / "own"))
     copies = {

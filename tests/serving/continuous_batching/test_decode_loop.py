@@ -77,7 +77,6 @@ async def test_prefill_and_decode_share_the_time(endless: Any, monkeypatch: pyte
 
 
 async def test_leaving_frees_the_place(endless: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the middle of an answer and while waiting: with the token that is being decoded."""
     with running(endless, max_batch_size=1) as generator:
         slow(generator, monkeypatch)
         tasks = [asyncio.create_task(ask(generator, prompt(3), SamplingParams(1500, 1.0))) for _ in range(2)]
@@ -178,7 +177,6 @@ async def test_a_lone_sequence_without_memory_fails(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("method", ["admit", "decode", "prefill"])
 async def test_jobs_of_a_dead_engine(endless: Any, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    """Those that run, those that wait and those that come later."""
     with running(endless, max_batch_size=2) as generator:
         slow(generator, monkeypatch)
         jobs = [asyncio.create_task(ask(generator, prompt(5, 6), SamplingParams(1500))) for _ in range(4)]

@@ -138,17 +138,6 @@ def test_a_disconnect_frees_its_slot_within_a_second(server: Server, payload: di
     assert time.monotonic() - begin < 1
 
 
-def test_requests_that_wait_leave_the_queue_when_their_clients_hang_up(server: Server) -> None:
-    body = json.dumps({"input": {"seconds": 60}}).encode()
-    connections = [server.send("/runsync", body) for _ in range(12)]
-    wait_until(lambda: server.health()["waiting"] == 4, 10)
-    begin = time.monotonic()
-    for connection in connections:
-        connection.close()
-    wait_until(lambda: busy(server) == 0, 10)
-    assert time.monotonic() - begin < 1
-
-
 @pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=b"])
 def test_a_client_that_hangs_up_in_mid_upload_is_forgotten_within_a_second(server: Server, kind: str) -> None:
     connection = server.connect()

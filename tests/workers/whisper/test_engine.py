@@ -37,7 +37,6 @@ def transcribers(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Transcribers:
 
 @engine_test
 def test_both_engines_give_the_same_result(transcribers: Transcribers) -> None:
-    """Tokens, probabilities and word times, of two independent implementations."""
     compared = 0
     for hertz, language, task, prompt in [
         (HELLO.hertz, "en", "transcribe", None),
@@ -97,7 +96,6 @@ def test_alignment_heads_one_by_one(transcribers: Transcribers, monkeypatch: pyt
 @engine_test
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_request_alone_gives_what_generate_gives(transcribers: Transcribers, beams: int) -> None:
-    """transformers' generate() as its documentation uses it."""
     transcriber = transcribers["transformers"]
     eot = transcriber.tokenizer.eot
     for said in tiny.SAID:

@@ -18,7 +18,6 @@ from tests.workers.whisper.support import (
     HELLO,
     MORNING,
     RecordingEngine,
-    both_engines,
     encoded,
     engine_test,
     error,
@@ -340,10 +339,9 @@ def make_for_voices(folder: Path) -> None:
     tiny.make(folder, sounds=(HELLO, MORNING), voice=lambda pitch, seconds: faded(voice(seconds, int(pitch))))
 
 
-@both_engines
-async def test_voice_activity_detection(engine: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+async def test_voice_activity_detection(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """A request that leaves `vad` out, and a model that knows two voices."""
-    load(engine, made("whisper-voices", make_for_voices), monkeypatch, cache, window_seconds=6)
+    load("transformers", made("whisper-voices", make_for_voices), monkeypatch, cache, window_seconds=6)
     rng, parts, marks, place = np.random.default_rng(1), [silence(20)], [], 20.0
     for _ in range(12):
         said = (HELLO, MORNING)[int(rng.integers(2))]

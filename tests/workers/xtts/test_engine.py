@@ -99,7 +99,6 @@ def greedy(engine: SpeechEngine, penalty: float = 1.0) -> SamplingParams:
 @pytest.mark.parametrize("penalty", [1.0, 2.0])
 @pytest.mark.parametrize("speed", [1.0, 1.4, 0.8])
 async def test_audio_is_the_librarys(synthesizer: Any, alone: Any, speed: float, penalty: float) -> None:
-    """`Xtts.inference` with greedy decoding gives the same samples."""
     engine, voice = synthesizer.engine, synthesizer.voices.built_in[SPEAKERS[1]]
     text = "hello world, this is a sentence"
 
@@ -191,7 +190,6 @@ async def test_audio_that_is_not_waited_for_is_not_made(gated: Any, begin: Any) 
 
 
 async def test_backpressure_of_the_vocoder(gated: Any, begin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And goes on as soon as there is room."""
     engine, gate = gated
     submit, waiting = engine.vocoder.submit, []
 
@@ -276,7 +274,6 @@ async def test_a_finished_sequence_keeps_no_tensors(synthesizer: Any, begin: Any
 
 @pytest.mark.parametrize("field", ["latents", "embedding"])
 async def test_numbers_that_are_not_finite(synthesizer: Any, alone: Any, field: str) -> None:
-    """Of the transformer and of the vocoder; the engine goes on."""
     voice = synthesizer.voices.built_in[SPEAKERS[0]]
     with pytest.raises(JobError) as caught:
         await alone("hello", voice=replace(voice, **{field: getattr(voice, field) * float("nan")}))

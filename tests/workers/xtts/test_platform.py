@@ -38,7 +38,6 @@ def test_the_example_runs(platform: Platform) -> None:
 
 
 def test_jobs_never_share_a_voice(platform: Platform) -> None:
-    """Twelve jobs at once with four voices: each sounds as it does alone."""
     voices: list[dict[str, Any]] = [{"speaker_wav": wav(recording(pitch=pitch))} for pitch in (110, 220, 330)]
     voices.append({"speaker": SPEAKERS[0]})
     jobs = [{"text": "Who am I?", "seed": 5, **voice} for voice in voices]

@@ -22,10 +22,9 @@ engine = pytest.mark.engine
 
 
 @engine
-@pytest.mark.parametrize("rate", [None, 8000, 48000])
+@pytest.mark.parametrize("rate", [None, 8000])
 @pytest.mark.parametrize("kind", ["wav", "flac", "mp3", "opus", "pcm"])
 async def test_formats_and_rates(say: Any, kind: str, rate: int | None) -> None:
-    """Decoded by libsndfile and by ffmpeg, and compared with raw samples."""
     options = {} if rate is None else {"sample_rate": rate}
     answer = await say("Hello world.", seed=4, response_format=kind, **options)
     assert answer["format"] == kind
@@ -134,7 +133,6 @@ async def test_a_result_over_the_limit(worker: ModuleType, say: Any, monkeypatch
 
 @engine
 async def test_the_event_loop_goes_on_beside_a_large_request(worker: ModuleType) -> None:
-    """A text of many segments, a recording of some MB, an answer of some MB."""
     noise = np.random.default_rng(0).normal(0, 0.1, 30 * 44100).astype(np.float32)
     request = {"text": "A sentence of words. " * 80, "speaker_wav": wav(noise, 44100), "sample_rate": 48000}
     with longest_stall() as stall:

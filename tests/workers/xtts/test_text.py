@@ -121,14 +121,6 @@ def test_what_is_spoken(tokenizer: TextTokenizer, language: str) -> None:
 
 
 @pytest.mark.engine
-def test_abbreviations_and_numbers_are_read_out(tokenizer: TextTokenizer) -> None:
-    (segment,) = tokenizer.encode("Dr. Who owes $20 & 3rd St. fees, 1,234.5 in all.", "en")
-    assert segment.end == "paragraph"
-    text = tokenizer.tokenizer.decode(segment.token_ids).removeprefix("[en]")
-    assert text.startswith("doctor who owes twenty dollars and third saint fees, one thousand, two hundred")
-
-
-@pytest.mark.engine
 @pytest.mark.parametrize(
     ("text", "segments"),
     [
