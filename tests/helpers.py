@@ -158,13 +158,14 @@ def longest_stall() -> Iterator[list[float]]:
         task.cancel()
 
 
-async def shortest_stall(work: Callable[[], Awaitable[Any]], enough: float = 0.1) -> float:
-    """Seconds for which `work` blocks the event loop: the best of three, as others may have the core."""
-    best = float("inf")
-    for _ in range(3):
-        if best >= enough:
-            with longest_stall() as stall:
-                await work()
-                await asyncio.sleep(0.01)
-            best = min(best, stall[0])
-    return best
+async def least_stall(work: Callable[[], Awaitable[Any]], limit: float = 0.1) -> float:
+    """The longest stall while `work` runs, in seconds, in the best of three runs, or the first below `limit`.
+
+    A busy machine may stall the loop too, but not each time.
+    """
+    stalls: list[float] = []
+    while len(stalls) < 3 and min(stalls, default=limit) >= limit:
+        with longest_stall() as stall:
+            await work()
+        stalls += stall
+    return min(stalls)

@@ -6,20 +6,17 @@
         ...  # HF_ENDPOINT=hub.url
         assert hub.got("model.safetensors") == 3
 
-It serves from a process of its own. Large files redirect to another host name, as the real hub's do to its
-content network; Xet is never announced, so that plain HTTP is spoken.
+Large files redirect to another host name, as the real hub's do to its content network; Xet is never
+announced, so that plain HTTP is spoken.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
-import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -34,62 +31,63 @@ def safetensors(size: int, seed: int = 0) -> bytes:
     return len(header).to_bytes(8, "little") + header + (block * (size // 32 + 1))[:size]
 
 
+Files = dict[str, bytes]
+
+
 class Hub:
-    """The hub's process, and the handle to it. Faults and counts match by a part of "GET /path"."""
+    """A server on a thread. Faults and counts match by a part of "GET /path"."""
+
+    def __init__(self) -> None:
+        # name -> {"commits": {sha: Files}, "branches": {}, "access": {}}
+        self.models: dict[str, dict[str, Any]] = {}
+        self.content: dict[str, tuple[str, bytes]] = {}  # sha256 -> path, bytes
+        self.faults: list[dict[str, Any]] = []
+        self.seen: list[dict[str, Any]] = []
+        self.mutex = threading.Lock()
 
     def __enter__(self) -> Hub:
-        self._process = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout
-        self.url = f"http://127.0.0.1:{int(self._process.stdout.readline())}"
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self._server.hub = self
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        assert self._process.stdout
-        self._process.stdout.close()
+        self._server.shutdown()
+        self._server.server_close()
 
-    def push(self, name: str, files: dict[str, bytes], *, branch: str = "main", **access: str) -> str:
+    def push(self, name: str, files: Files, *, branch: str = "main", **access: str) -> str:
         """A commit on a branch. access: `gated` or `private`, each the token that opens the model."""
-        encoded = {path: base64.b64encode(data).decode() for path, data in files.items()}
-        return str(self._control("push", name=name, files=encoded, branch=branch, access=access))
+        model = self.models.setdefault(name, {"commits": {}, "branches": {}})
+        parts = [f"{path} {oid(data)}" for path, data in sorted(files.items())]
+        commit = hashlib.sha1("\n".join([name, branch, *parts]).encode()).hexdigest()
+        model["commits"][commit] = dict(files)
+        model["branches"][branch] = commit
+        model["access"] = access
+        self.content |= {hashlib.sha256(data).hexdigest(): (path, data) for path, data in files.items()}
+        return commit
 
     def fault(self, part: str, *, times: int = 1 << 30, **what: float) -> None:
         """For the next `times` requests: status=503 (with retry_after=<seconds>), cut=<bytes sent
         before the connection breaks>, rate=<bytes per second>, hold=<bytes sent before `go_on`>."""
-        self._control("fault", part=part, times=times, what=what)
+        self.faults.append({"part": part, "times": times, "what": what})
 
     def go_on(self) -> None:
         """No more faults; what was held goes on."""
-        self._control("go_on")
+        self.faults.clear()
 
     def mend(self) -> None:
         """No more faults, and the counts begin anew."""
-        self._control("mend")
+        self.faults.clear()
+        self.seen.clear()
 
     def requests(self) -> list[dict[str, Any]]:
         """Every request so far: line ("GET /path"), token, sent (bytes of a file), file."""
-        found: list[dict[str, Any]] = self._control("requests")
-        return found
+        return list(self.seen)
 
     def got(self, file: str) -> int:
         """How often the contents of a file were asked for."""
         return sum(request["file"] == file for request in self.requests())
-
-    def _control(self, command: str, /, **arguments: Any) -> Any:
-        body = json.dumps(arguments).encode()
-        with urllib.request.urlopen(f"{self.url}/_control/{command}", body, timeout=30) as answer:
-            return json.load(answer)
-
-
-# ---- the process ----------------------------------------------------------------------------------------
-
-Files = dict[str, bytes]
-mutex = threading.Lock()
-models: dict[str, dict[str, Any]] = {}  # name -> {"commits": {sha: Files}, "branches": {}, "access": {}}
-content: dict[str, tuple[str, bytes]] = {}  # sha256 -> path, bytes
-faults: list[dict[str, Any]] = []
-seen: list[dict[str, Any]] = []
 
 
 def oid(data: bytes) -> str:
@@ -113,6 +111,10 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
+    @property
+    def hub(self) -> Hub:
+        return self.server.hub  # type: ignore[attr-defined, no-any-return]
+
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
@@ -123,10 +125,10 @@ class Handler(BaseHTTPRequestHandler):
         line = f"{self.command} {unquote(self.path)}"
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         record = {"line": line, "token": token, "sent": 0, "file": None}
-        with mutex:
-            seen.append(record)
+        with self.hub.mutex:
+            self.hub.seen.append(record)
             what: dict[str, float] = {}
-            for fault in faults:
+            for fault in self.hub.faults:
                 if fault["part"] in line and fault["times"] > 0:
                     fault["times"] -= 1
                     what |= fault["what"]
@@ -140,42 +142,11 @@ class Handler(BaseHTTPRequestHandler):
                 headers["Retry-After"] = f"{refused.retry_after:g}"
             self.answer(refused.status, b"{}", {k: v for k, v in headers.items() if v})
 
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with mutex:
-            result = getattr(self, f"control_{self.path.rsplit('/', 1)[1]}")(**asked)
-        self.answer(200, json.dumps(result).encode())
-
-    def control_push(self, name: str, files: dict[str, str], branch: str, access: dict[str, str]) -> str:
-        decoded = {path: base64.b64decode(data) for path, data in files.items()}
-        model = models.setdefault(name, {"commits": {}, "branches": {}})
-        parts = [f"{path} {oid(data)}" for path, data in sorted(decoded.items())]
-        commit = hashlib.sha1("\n".join([name, branch, *parts]).encode()).hexdigest()
-        model["commits"][commit] = decoded
-        model["branches"][branch] = commit
-        model["access"] = access
-        for path, data in decoded.items():
-            content[hashlib.sha256(data).hexdigest()] = (path, data)
-        return commit
-
-    def control_fault(self, part: str, times: int, what: dict[str, float]) -> None:
-        faults.append({"part": part, "times": times, "what": what})
-
-    def control_go_on(self) -> None:
-        faults.clear()
-
-    def control_mend(self) -> None:
-        faults.clear()
-        seen.clear()
-
-    def control_requests(self) -> list[dict[str, Any]]:
-        return seen
-
     def route(self, record: dict[str, Any], what: dict[str, float]) -> None:
         url = urlsplit(self.path)
         path = url.path.strip("/").split("/")
         if path[0] == "cdn":
-            name, data = content[path[1]]
+            name, data = self.hub.content[path[1]]
             self.file(record, name, data, what)
         elif path[:2] == ["api", "models"]:
             at = next((i for i, part in enumerate(path) if part in ("revision", "tree")), len(path))
@@ -199,7 +170,7 @@ class Handler(BaseHTTPRequestHandler):
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if token.startswith("expired"):
             raise Refused(401, "", "Invalid credentials in Authorization header")
-        model = models.get(name)
+        model = self.hub.models.get(name)
         if model is None or model["access"].get("private", token) != token:
             raise Refused(404 if token else 401, "RepoNotFound", "Repository not found")
         if contents and model["access"].get("gated", token) != token:
@@ -291,7 +262,7 @@ class Handler(BaseHTTPRequestHandler):
                     record["sent"] += len(body[at : at + step])
                 if rate:
                     time.sleep(step / rate)
-                while at + step >= what.get("hold", whole + step) and faults:
+                while at + step >= what.get("hold", whole + step) and self.hub.faults:
                     time.sleep(0.01)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
@@ -302,13 +273,8 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
+    hub: Hub
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):  # clients of these tests are killed
             super().handle_error(request, client_address)
-
-
-if __name__ == "__main__":
-    server = Server(("127.0.0.1", 0), Handler)
-    print(server.server_address[1], flush=True)
-    server.serve_forever()

@@ -20,18 +20,14 @@ from tests.local.conftest import HANDLERS
         (["run", "bge", "--workers", "2"], "unrecognized arguments: --workers 2"),
     ],
 )
-def test_wrong_arguments_are_named(
-    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_arguments(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
     assert says in capsys.readouterr().err
 
 
-def test_an_unknown_worker_is_named(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unknown_worker(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("signal.signal", lambda *_: None)
     assert main(["serve", "nope"]) == 1
     assert "Workers: bge, " in capsys.readouterr().err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import io
 import json
 import os
 import re
@@ -21,7 +20,6 @@ from typing import Any
 
 import pytest
 import requests
-from openai import OpenAI
 
 from local import LoadBalancer, Rules, running
 from local.examples import http_commands, openai_example
@@ -130,9 +128,7 @@ def test_a_part_arrives_before_the_next_is_made(endpoint: LoadBalancer) -> None:
         assert next(parts) == b"data: 2\n\n"
 
 
-def test_requests_go_to_the_worker_with_the_fewest(
-    start: Start, notes: Path, pool: ThreadPoolExecutor
-) -> None:
+def test_least_connections_are_chosen(start: Start, notes: Path, pool: ThreadPoolExecutor) -> None:
     env = {"NOTES": str(notes)}
     with running(HANDLERS / "web.py", mode="http", workers=2, env=env, rules=RULES) as endpoint:
         held = [pool.submit(call, endpoint, "/hold") for _ in range(150)]  # type: ignore[arg-type]
@@ -161,9 +157,7 @@ def test_a_long_request_ends(start: Start, notes: Path) -> None:
         wait_until(lambda: "hung up" in notes.read_text())
 
 
-def test_a_killed_worker_fails_its_request_and_is_replaced(
-    start: Start, notes: Path, pool: ThreadPoolExecutor
-) -> None:
+def test_a_killed_worker_is_replaced(start: Start, notes: Path, pool: ThreadPoolExecutor) -> None:
     with start() as endpoint:
         (worker,) = endpoint.workers
         held = pool.submit(call, endpoint, "/hold")
@@ -206,14 +200,14 @@ def test_a_worker_that_is_never_ready_fails_the_start(notes: Path) -> None:
     env = {"NOTES": str(notes), "PING": "204"}
     with (
         pytest.raises(TimeoutError, match="not 1 workers are ready"),
-        running(HANDLERS / "web.py", mode="http", env=env, rules=RULES, ready_timeout=4),
+        running(HANDLERS / "web.py", mode="http", env=env, rules=RULES, ready_timeout=1.5),
     ):
         pass
 
 
 def test_no_request_is_lost_at_the_end(pool: ThreadPoolExecutor) -> None:
     with running(TOY, mode="http", workers=2, rules=RULES) as endpoint:
-        bodies = [{"input": {"seconds": 2, "parts": 2, "stream": n % 2 == 1}} for n in range(8)]
+        bodies = [{"input": {"seconds": 1, "parts": 2, "stream": n % 2 == 1}} for n in range(8)]
         held: list[Future[requests.Response]] = [
             pool.submit(call, endpoint, "/runsync", "POST", json=body)  # type: ignore[arg-type]
             for body in bodies
@@ -229,46 +223,40 @@ def test_no_request_is_lost_at_the_end(pool: ThreadPoolExecutor) -> None:
     assert [worker.returncode for worker in workers] == [0, 0]
 
 
-def test_the_openai_client_streams_and_uploads(toy: LoadBalancer) -> None:
-    client = OpenAI(base_url=toy.openai_url, api_key="any", max_retries=0)
-    messages: Any = [{"role": "user", "content": "x"}]
-    chunks = client.chat.completions.create(model="toy", messages=messages, stream=True)
-    assert [chunk.choices[0].delta.content for chunk in chunks] == ["a", "b", "c"]
-    file = ("a.wav", io.BytesIO(bytes(1_500_000)))
-    assert client.audio.transcriptions.create(model="toy", file=file).text == "1500000 bytes"
-    with client.audio.speech.with_streaming_response.create(model="toy", voice="x", input="x") as speech:
-        assert len(speech.read()) == 3000
-
-
 @pytest.mark.parametrize(
     ("route", "by_curl", "by_client"),
     [
-        ("/v1/models", '"id":"toy"', "toy"),
         ("/v1/chat/completions", '{"content": "a"}', "abc"),
         ("/v1/audio/transcriptions", '"3 bytes"', "3 bytes"),
         ("/v1/audio/speech", "", "3000"),
     ],
 )
 def test_the_examples_that_serve_prints_work(
-    toy: LoadBalancer, tmp_path: Path, route: str, by_curl: str, by_client: str
+    toy: LoadBalancer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    route: str,
+    by_curl: str,
+    by_client: str,
 ) -> None:
     test_input = tmp_path / "test_input.json"
     test_input.write_text('{"input": {"audio": "YWJj"}}')
     (command,) = http_commands([route], url=toy.base_url, test_input=test_input, model="toy")
     program = openai_example([route], url=toy.openai_url, test_input=test_input, mode="http")
     assert program is not None
-    for arguments, printed in (
-        (["bash", "-c", command], by_curl),
-        ([sys.executable, "-c", program], by_client),
+    monkeypatch.chdir(tmp_path)
+    for run, printed in (
+        (lambda: subprocess.run(["bash", "-c", command], check=True), by_curl),
+        (lambda: exec(program, {}), by_client),
     ):
-        done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=True)
-        assert printed in done.stdout
+        run()
+        assert printed in capfd.readouterr().out
         if route == "/v1/audio/speech":
             assert (tmp_path / "speech.mp3").read_bytes() == b"\1" * 3000
 
 
 def test_the_command_line_serves_a_real_worker() -> None:
-    """What is printed works when it is pasted."""
     command = [sys.executable, "-m", "local", "serve", "sentence-transformers", "--mode=http", "--port=0"]
     env = os.environ | local_env("sentence-transformers")
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}

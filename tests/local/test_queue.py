@@ -69,9 +69,7 @@ def test_a_job_goes_through_its_states_and_times(queue: Queue, clock: Clock) -> 
         ({"output": 1, "stopPod": True}, "COMPLETED", {"output": 1}),
     ],
 )
-def test_what_a_report_makes_of_a_job(
-    queue: Queue, report: dict[str, object], state: str, result: dict[str, object]
-) -> None:
+def test_job_results(queue: Queue, report: dict[str, object], state: str, result: dict[str, object]) -> None:
     job = queue.submit(INPUT, sync=False)
     take(queue)
     queue.report("a", job.id, report)
@@ -223,13 +221,6 @@ def test_retry_starts_the_ttl_anew(queue: Queue, clock: Clock) -> None:
     clock.now += 1
     queue.expire()
     assert job.state == "TIMED_OUT"
-
-
-def test_purge_cancels_queued_jobs_only(queue: Queue) -> None:
-    jobs = [queue.submit(INPUT, sync=False) for _ in range(3)]
-    take(queue)
-    assert queue.purge() == 2
-    assert [job.state for job in jobs] == ["IN_PROGRESS", "CANCELLED", "CANCELLED"]
 
 
 def test_a_job_without_its_worker_returns_to_the_head_of_the_queue(queue: Queue) -> None:

@@ -6,7 +6,6 @@ import os
 import struct
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -218,14 +217,6 @@ def test_a_damaged_file_is_read_or_refused(sample, damage):
         assert load_audio(bytes(data), rate=16_000).dtype == np.float32
     except JobError as error:
         assert error.code in ("bad_audio", "too_large")  # noqa: PT017
-
-
-def test_threads_decode_side_by_side():
-    sounds = [encoded(tone(48_000, hertz=100 * n), 48_000, "FLAC") for n in range(1, 9)]
-    with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda data: load_audio(data, rate=16_000), sounds * 3))
-    for n, samples in enumerate(results):
-        check_tone(samples, 16_000, hertz=100 * (n % 8 + 1))
 
 
 @pytest.mark.parametrize("format", ["wav", "flac", "mp3", "ogg", "opus"])

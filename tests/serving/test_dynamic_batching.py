@@ -180,17 +180,9 @@ async def test_two_large_submissions_advance_side_by_side() -> None:
 # The idle engine
 
 
-def no_timers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A timer of the loop's fails the test."""
-
-    for method in ("call_at", "call_later"):
+async def test_an_idle_engine_starts_a_batch_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for method in ("call_at", "call_later"):  # it sets no timer
         monkeypatch.setattr(asyncio.get_running_loop(), method, None)
-
-
-async def test_an_idle_engine_starts_at_once_with_all_that_one_loop_iteration_submits(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    no_timers(monkeypatch)
     engine = Engine()
     batcher = engine.batcher()
     items = [Text(n, 10) for n in range(10)]
@@ -373,9 +365,7 @@ async def test_out_of_memory_is_split_and_memory_is_freed(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("wrong", [lambda items: items[1:], lambda items: [*items, 0], lambda _: []])
-async def test_a_wrong_number_of_results_fails_the_batch_at_once(
-    wrong: Callable[[list[int]], list[int]],
-) -> None:
+async def test_a_wrong_number_of_results_fails_the_batch(wrong: Callable[[list[int]], list[int]]) -> None:
     calls = []
 
     def run(items: list[int]) -> list[int]:

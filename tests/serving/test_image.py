@@ -149,9 +149,7 @@ def test_the_first_frame_of_an_animation_is_decoded(format: str) -> None:
     assert np.abs(np.array(load_image(data).getpixel((8, 8))) - RED).max() <= 12
 
 
-def test_a_100_megapixel_png_of_100_kilobytes_is_refused_before_it_is_decoded(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     data = png_of(10_000, 10_000)
     assert 90_000 < len(data) < 110_000
     decoded: list[Any] = []

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import pytest
 from openai.types import chat
 
-from serving.generation_fields import refuse_unserved
 from serving.openai_chat import (
     ChatChunks,
     ChatCompletionRequest,
@@ -17,7 +15,6 @@ from serving.openai_chat import (
     chat_choice,
     chat_completion,
 )
-from shared.errors import JobError
 from shared.openai import usage
 from shared.requests import validate
 from tests.helpers import sse_events
@@ -48,7 +45,6 @@ def test_a_completion_is_what_the_client_parses() -> None:
 
 
 def test_chunks_are_what_the_client_parses_without_the_fields_they_lack() -> None:
-    """A role in the first chunk of a choice only, no content in its last, usage in the last of all."""
     chunks = ChatChunks(HEAD)
     text = chunks.delta(0, "") + chunks.delta(1, "x", LOGPROBS) + chunks.delta(0, "y") + chunks.delta(0, "")
     text += chunks.finish(0, "stop") + chunks.finish(1, "length") + chunks.end(usage(3, 4))
@@ -78,25 +74,6 @@ def test_chunks_are_what_the_client_parses_without_the_fields_they_lack() -> Non
 
 def test_a_stream_without_usage_ends_in_done_alone() -> None:
     assert sse_events([ChatChunks(HEAD).end()]) == []
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "refused"),
-    [("n", 2, True), ("n", 1, False), ("tools", [{}], True), ("tools", [], False), ("store", True, False),
-     ("logprobs", None, False), ("logprobs", True, True)],
-)  # fmt: skip
-def test_fields_that_would_change_the_answer_are_refused_by_name(
-    field: str, value: Any, refused: bool
-) -> None:
-    request: Any = validate(ChatCompletionRequest, {"messages": MESSAGES, field: value})
-    problem = None
-    try:
-        refuse_unserved(request, n=1, tools=[], logprobs=False)
-    except JobError as error:
-        problem = error
-    assert (problem is not None) == refused
-    if problem:
-        assert (problem.param, problem.code) == (field, "unsupported")
 
 
 def test_content_may_be_a_string_or_parts() -> None:

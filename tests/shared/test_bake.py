@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,9 +29,7 @@ def machine(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("secret", [True, False])
-def test_a_baked_model_needs_no_hub(
-    hub: Hub, machine: Path, monkeypatch: pytest.MonkeyPatch, secret: bool
-) -> None:
+def test_a_baked_model_loads(hub: Hub, machine: Path, monkeypatch: pytest.MonkeyPatch, secret: bool) -> None:
     commit = hub.push("org/baked", {**FILES, "pytorch_model.bin": b"x"}, gated=TOKEN)
     monkeypatch.setenv("HUGGINGFACE_HUB_CACHE", str(machine / "of-the-base-image"))
     if secret:
@@ -55,16 +51,3 @@ def test_an_error_of_baking_is_one_line(machine: Path, capsys: pytest.CaptureFix
     arguments = ["org/nothing", "--revision", "v1", "--to", str(machine / "models")]
     assert bake.main(arguments) == 1
     assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_baking_needs_few_modules_of_shared() -> None:
-    """The images copy these before the rest of shared, so that an edit elsewhere keeps the baked layer."""
-    code = (
-        "import shared.bake, sys; print(*sorted(name for name in sys.modules if name.startswith('shared.')))"
-    )
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(
-        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
-    )
-    needed = ("bake", "errors", "hub", "logs", "snapshot", "volume")
-    assert result.stdout.split() == [f"shared.{name}" for name in needed]

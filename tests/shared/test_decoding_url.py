@@ -148,9 +148,7 @@ async def test_broken_urls_are_refused_without_being_quoted(server: Server, url:
     assert (await refused(url)).code == "download_failed"
 
 
-async def test_a_proxy_is_refused_without_its_password(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_proxy_password_is_not_quoted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setenv("http_proxy", f"http://user:{SECRET}@127.0.0.1:1")
@@ -171,9 +169,7 @@ async def test_a_proxy_is_refused_without_its_password(
     ],
     ids=["204", "304", "404", "500", "empty", "short", "large", "large, of unknown length"],
 )
-async def test_an_answer_that_is_no_body_is_an_error(
-    server: Server, reply: str, code: str, text: str
-) -> None:
+async def test_http_errors_of_a_download(server: Server, reply: str, code: str, text: str) -> None:
     server.replies["/a"] = [f"HTTP/1.1 {reply}".encode()]
     error = await refused(f"{server.base}/a?sig={SECRET}", max_bytes=1_000_000)
     assert error.code == code

@@ -86,9 +86,7 @@ async def parts_of(handler: JobHandler, payload: Any) -> list[Any]:
     return [part async for part in handler.stream({"id": "1", "input": payload})]
 
 
-async def test_an_exception_is_logged_and_its_text_is_not_sent(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_exceptions(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNPOD_ENDPOINT_ID", "e")
     problem = error_of(await answering(ValueError("inner workings"))({"id": "job-1", "input": {}}))
     assert problem["code"] == "internal_error"

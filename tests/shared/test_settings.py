@@ -55,9 +55,7 @@ def test_space_around_a_value_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch) 
         ("DEVICE", "tpu", "auto|cpu|cuda"),
     ],
 )
-def test_a_wrong_value_gets_one_line(
-    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, allowed: str
-) -> None:
+def test_an_invalid_setting(monkeypatch: pytest.MonkeyPatch, variable: str, value: str, allowed: str) -> None:
     monkeypatch.setenv(variable, value)
     with pytest.raises(StartError) as caught:
         read_settings(Settings)

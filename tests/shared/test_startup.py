@@ -112,28 +112,6 @@ def test_without_torch_the_base_image_names_its_cuda(monkeypatch: pytest.MonkeyP
     assert startup.cuda_version() == "12.9.1"
 
 
-SERVE = """
-from shared import startup
-from shared.jobs import Request, job_handler
-from shared.settings import WorkerSettings
-class Ask(Request):
-    n: int
-@job_handler(Ask)
-async def handler(request, job):
-    return request.n ** 2
-startup.serve(handler, lambda: WorkerSettings(model_name="m"), worker="w")
-"""
-
-
-@pytest.mark.engine
-def test_serve_runs_the_sdk() -> None:
-    """The SDK serves the one job of its command line and exits."""
-    command = [sys.executable, "-c", SERVE, "--test_input", '{"input": {"n": 7}}']
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "Job result: {'output': 49}" in done.stdout
-
-
 def test_resolve_logs_its_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(bytes(8))

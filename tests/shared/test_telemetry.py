@@ -56,9 +56,7 @@ async def test_a_streamed_job_has_the_time_of_its_first_part(records: list[Recor
 @pytest.mark.parametrize(
     ("fault", "status"), [("invalid", 400), ("crash", 500), ("dead", 503), ("memory", 500)]
 )
-async def test_a_failed_job_has_the_status_that_http_would_have(
-    records: list[Record], fault: str, status: int
-) -> None:
+async def test_a_failed_job_has_an_http_status(records: list[Record], fault: str, status: int) -> None:
     await send(make_handler(), fail=fault)
     await stream(make_handler(), stream=True, fail=fault)
     await send(make_handler(), openai_route="/v1/made-up", openai_input={})
@@ -241,7 +239,6 @@ def test_an_otlp_endpoint_that_does_not_answer_delays_neither_start_nor_requests
 
 @pytest.mark.engine
 def test_a_job_of_the_queue_is_logged_and_exported() -> None:
-    """Through the SDK's local run of one job."""
     job = json.dumps({"input": {"text": "hi", "seconds": 0.1}})
     with receiving() as receiver:
         env = {

@@ -7,19 +7,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 
 from shared import hub as hub_module
-from shared import volume
 from shared.errors import StartError
 from shared.hub import HubUnreachable
 from shared.volume import ModelPath, lease, resolve_model, use_volume
@@ -105,11 +101,6 @@ def test_a_complete_copy_needs_no_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch)
     assert resolve_model(MODEL, first.revision) == again
 
 
-def test_pickled_weights_where_there_are_no_others(hub: Hub) -> None:
-    hub.push("org/pickled", {"config.json": b"{}", "pytorch_model.bin": b"x" * 99, "onnx/model.onnx": b"x"})
-    assert set(content(resolve_model("org/pickled").path)) == {"config.json", "pytorch_model.bin"}
-
-
 def test_extra_files_are_downloaded(hub: Hub) -> None:
     hub.push("org/extra", {**NEEDED, "sparse_linear.pt": b"x", "a.gguf": b"x"})
     assert "sparse_linear.pt" not in content(resolve_model("org/extra").path)
@@ -142,9 +133,7 @@ def test_without_a_volume_the_disk_is_used(hub: Hub, machine: Path) -> None:
     assert not (machine / "volume").exists()
 
 
-def test_home_on_a_volume_that_is_full_is_not_the_disk(
-    hub: Hub, machine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hf_home_on_a_full_volume(hub: Hub, machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.push(MODEL, NEEDED)
     monkeypatch.setenv("HF_HOME", str(machine / "volume" / "huggingface-cache"))
     free(monkeypatch, machine / "volume", 10)
@@ -166,17 +155,7 @@ def test_a_branch_or_a_commit_can_be_named(hub: Hub) -> None:
     assert hub.got("model.safetensors") == 1, "the same blob in both"
 
 
-def test_a_model_that_moved_is_fetched_when_its_revision_is_named(hub: Hub) -> None:
-    old = hub.push("org/moving", {**NEEDED, "config.json": b'{"v": 1}'})
-    assert resolve_model("org/moving").revision == old
-    new = hub.push("org/moving", {**NEEDED, "config.json": b'{"v": 2}'})
-    assert resolve_model("org/moving").revision == old
-    assert resolve_model("org/moving", new).revision == new
-
-
-def test_an_incomplete_newer_snapshot_does_not_hide_an_older_one(
-    hub: Hub, machine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_incomplete_newer_snapshot(hub: Hub, machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.push(MODEL, NEEDED)
     old = resolve_model(MODEL)
     cached(volume_cache(machine), commit="d" * 40, files={"config.json": b"{}"})
@@ -200,7 +179,6 @@ def test_a_local_folder_comes_first(machine: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.usefixtures("dead")
 def test_the_order_of_the_copies(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each copy is removed in turn, and the next one is used."""
     lower = MODEL.lower()
     monkeypatch.setenv("HF_HUB_CACHE", str(machine / "own"))
     copies = {
@@ -233,9 +211,7 @@ def test_the_cache_of_the_user_comes_first(
     assert (model.path, model.source) == (folder, source)
 
 
-def test_downloads_go_to_the_volume_then_to_the_cache_of_the_user(
-    hub: Hub, machine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_downloads_go(hub: Hub, machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.push(MODEL, NEEDED)
     monkeypatch.setenv("HF_HUB_CACHE", str(machine / "own"))
     assert resolve_model(MODEL).path.is_relative_to(volume_cache(machine))
@@ -265,13 +241,6 @@ def test_the_second_host_cache(machine: Path, folder: str, revision: str | None)
         resolve_model(MODEL, "another")
 
 
-@pytest.mark.usefixtures("dead")
-def test_a_copy_of_another_revision_is_not_taken(machine: Path) -> None:
-    cached(volume_cache(machine))
-    with pytest.raises(HubUnreachable):
-        resolve_model(MODEL, "v2")
-
-
 def test_an_incomplete_host_cache_is_neither_used_nor_changed(hub: Hub, machine: Path) -> None:
     hub.push(MODEL, NEEDED)
     shard = {"config.json": b"{}", "model-00001-of-00002.safetensors": WEIGHTS}
@@ -283,9 +252,7 @@ def test_an_incomplete_host_cache_is_neither_used_nor_changed(hub: Hub, machine:
     assert content(half.parents[1]) == before
 
 
-def test_a_copy_without_the_hubs_tree_gets_it_once(
-    hub: Hub, machine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_tree_is_fetched_once(hub: Hub, machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = hub.push(MODEL, {**NEEDED, **NEEDLESS})
     cached(volume_cache(machine), commit=commit)
     assert resolve_model(MODEL).source == "volume"
@@ -306,9 +273,7 @@ def test_what_only_the_hub_lists_is_downloaded(hub: Hub, machine: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "longer", "dangling", "gone"])
-def test_a_file_of_another_size_is_downloaded_again(
-    hub: Hub, damage: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_file_is_downloaded_again(hub: Hub, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.push(MODEL, NEEDED)
     pointer = resolve_model(MODEL).path / "model.safetensors"
     blob = pointer.resolve()
@@ -325,9 +290,7 @@ def test_a_file_of_another_size_is_downloaded_again(
 
 @pytest.mark.usefixtures("dead")
 @pytest.mark.parametrize("offline", [True, False])
-def test_a_stale_partial_file_does_not_matter(
-    machine: Path, monkeypatch: pytest.MonkeyPatch, offline: bool
-) -> None:
+def test_a_stale_incomplete_file(machine: Path, monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
     folder = cached(volume_cache(machine))
     write(folder.parents[1] / "blobs", {f"{'a' * 64}.incomplete": b"x"})
     if offline:
@@ -403,9 +366,7 @@ def test_too_many_requests(hub: Hub, token: str | None, advice: str) -> None:
 
 
 @pytest.mark.parametrize(("longest", "seconds"), [(300.0, 1.0), (0.2, 0.2)])
-def test_retry_after_is_waited_for(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, longest: float, seconds: float
-) -> None:
+def test_retry_after(hub: Hub, monkeypatch: pytest.MonkeyPatch, longest: float, seconds: float) -> None:
     hub.push(MODEL, NEEDED)
     hub.fault("GET /api/models", status=429, retry_after=1, times=1)
     monkeypatch.setattr(hub_module, "RATE_LIMIT_S", longest)
@@ -414,9 +375,7 @@ def test_retry_after_is_waited_for(
     assert seconds <= time.monotonic() - begin < seconds + 0.7
 
 
-def test_a_hub_that_fails_in_the_middle_leaves_an_incomplete_copy(
-    hub: Hub, machine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_download_that_fails_midway(hub: Hub, machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.push(MODEL, NEEDED)
     hub.fault("GET /cdn", status=503)
     with pytest.raises(HubUnreachable):
@@ -535,20 +494,13 @@ def test_offline_flags_are_set_afterwards(hub: Hub) -> None:
     assert (os.environ["HF_HUB_OFFLINE"], os.environ["TRANSFORMERS_OFFLINE"]) == ("1", "1")
     with pytest.raises(huggingface_hub.errors.OfflineModeIsEnabled):
         huggingface_hub.model_info(MODEL)
-
-
-def test_a_second_model_is_downloaded_all_the_same(hub: Hub) -> None:
-    hub.push(MODEL, NEEDED)
     hub.push("org/second", NEEDED)
-    resolve_model(MODEL)
     assert resolve_model("org/second").source == "download"
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
 @pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
-def test_offline_mode_of_the_user_is_kept(
-    hub: Hub, machine: Path, monkeypatch: pytest.MonkeyPatch, variable: str
-) -> None:
+def test_offline_mode(hub: Hub, machine: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     hub.push(MODEL, NEEDED)
     monkeypatch.setenv(variable, "1")
     for _ in range(2):
@@ -572,9 +524,7 @@ def test_offline_names_what_an_incomplete_copy_lacks(machine: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("layout", ["cache", "store"])
-def test_main_without_a_ref_is_the_only_snapshot_when_offline(
-    machine: Path, monkeypatch: pytest.MonkeyPatch, layout: str
-) -> None:
+def test_main_without_a_ref_offline(machine: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     def copy(commit: str) -> Path:
         if layout == "store":
             return write(machine / "store" / MODEL / commit, NEEDED)
@@ -598,9 +548,14 @@ def test_main_without_a_ref_is_the_only_snapshot_when_offline(
 VARIABLES = ("HF_HOME", "HF_MODULES_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "VLLM_CACHE_ROOT")
 
 
-def test_compile_caches_live_on_the_volume(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def _no_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("_no_caches")
+def test_compile_caches_live_on_the_volume(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
     assert use_volume() == machine / "volume"
     assert os.environ["HF_HOME"] == str(machine / "volume" / "huggingface-cache")
@@ -610,71 +565,14 @@ def test_compile_caches_live_on_the_volume(machine: Path, monkeypatch: pytest.Mo
     assert os.environ["TRITON_CACHE_DIR"] == "/mine"
 
 
-def test_without_a_volume_they_stay(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+@pytest.mark.usefixtures("_no_caches")
+def test_without_a_volume_they_stay(machine: Path) -> None:
     (machine / "volume").rmdir()
     assert use_volume() is None
     assert not set(VARIABLES) & set(os.environ)
 
 
 # ---- lease ----------------------------------------------------------------------------------------------
-
-
-def hold_and_die(path: Path, host: str | None = None) -> None:
-    """Leave a lease whose holder was killed, on this host or on another."""
-    code = "import os, pathlib, socket, sys; from shared.volume import lease\n"
-    code += f"socket.gethostname = lambda: {host!r}\n" if host else ""
-    code += "with lease(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), 9)"
-    subprocess.run([sys.executable, "-c", code, path], cwd=Path(__file__).parents[2], check=False)
-    assert path.exists()
-
-
-def hold_by_all(path: Path, workers: int, turns: int) -> float:
-    """Every turn holds the lease alone. Returns the seconds until the first one."""
-    inside: list[int] = []
-    begin, first = time.monotonic(), [1e9]
-
-    def hold(number: int) -> None:
-        with lease(path):
-            inside.append(number)
-            first[0] = min(first[0], time.monotonic() - begin)
-            time.sleep(0.01)
-            assert inside == [number]
-            inside.clear()
-
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(hold, range(turns)))
-    return first[0]
-
-
-def test_a_lease_has_one_holder(tmp_path: Path) -> None:
-    hold_by_all(tmp_path / "new" / "a.lease", workers=8, turns=16)
-    assert list((tmp_path / "new").iterdir()) == [], "nothing stays"
-
-
-def test_a_lease_is_free_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), lease(tmp_path / "a.lease"):
-        raise RuntimeError
-    assert hold_by_all(tmp_path / "a.lease", workers=1, turns=1) < 0.5
-
-
-def test_the_lease_of_a_killed_process_of_this_host_is_free(tmp_path: Path) -> None:
-    hold_and_die(tmp_path / "a.lease")
-    assert hold_by_all(tmp_path / "a.lease", workers=4, turns=4) < volume.LEASE_S / 10
-
-
-def test_the_lease_of_a_lost_host_is_taken_over_by_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    hold_and_die(tmp_path / "a.lease", host="another")
-    marker = (tmp_path / "a.lease").read_text()
-    monkeypatch.setattr(volume, "LEASE_S", 1.5)
-    monkeypatch.setattr(volume, "LOG_S", 0.5)
-    (tmp_path / "a.lease").write_text(marker.replace("duration=30.0", "duration=1.5"))
-    assert 1.5 <= hold_by_all(tmp_path / "a.lease", workers=4, turns=4) < 5
-    lines = [line for line in capsys.readouterr().out.splitlines() if "waiting for another worker" in line]
-    assert len(lines) >= 4 * 3, "at once, then every LOG_S"
 
 
 def test_a_lease_in_an_unwritable_folder_is_an_error_at_once() -> None:

@@ -54,7 +54,6 @@ def test_render_writes_between_its_markers_and_nowhere_else() -> None:
 
 
 def test_a_marker_of_a_model_that_was_renamed_names_those_that_there_are(tmp_path: Path) -> None:
-    """As `make docs` prints it."""
     for name in ("README.md", "HTTP.md"):
         (tmp_path / name).touch()
     page = tmp_path / "workers/sentence-transformers/README.md"

@@ -38,9 +38,7 @@ def test_a_fresh_environment_is_left_alone(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("loads", [True, False])
-def test_libraries_of_another_torch_are_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loads: bool
-) -> None:
+def test_libraries_of_another_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loads: bool) -> None:
     """A package that, like torchaudio, loads its library where there is one."""
     package = tmp_path / "torchaudio"
     (package / "lib").mkdir(parents=True)

@@ -440,8 +440,6 @@ class Router:
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         body = read(await request.json(), CHAT)
-        if body["tools"] and body["response_format"]:
-            raise Refused(422, "Tool error: Grammar and tools are mutually exclusive", "tool_error")
         prompt = self.model.apply_template(body["messages"], body["tools"])
         penalty = None if body["presence_penalty"] is None else body["presence_penalty"] + 2.0
         more = {"repetition_penalty": penalty, "grammar": body["response_format"]}

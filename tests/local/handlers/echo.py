@@ -1,4 +1,5 @@
-"""Does what its input says: `sleep`, `gate`, `block`, `big`, `raise`, `exit`, `return` (one of RETURNS).
+"""Does what its input says: `progress`, `sleep`, `gate`, `block`, `big`, `raise`, `exit`, `return` (one of
+RETURNS).
 With `gate`, the path of a file, it ends when that is there.
 
 Notes its jobs in the file NOTES: `<event> <job's id> <worker's id>`.
@@ -31,6 +32,8 @@ async def handler(job):
     note("start", job)
     if order.get("exit"):
         os._exit(1)
+    if "progress" in order:
+        runpod.serverless.progress_update(job, order["progress"])
     time.sleep(order.get("block", 0))  # noqa: ASYNC251 (it is to block)
     try:
         await asyncio.sleep(order.get("sleep", 0))

@@ -42,9 +42,7 @@ def broken(*_: Any) -> Any:
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
-async def test_a_newcomer_does_not_wait_for_the_ends_of_others(
-    endless: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_request_joins_a_running_batch(endless: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first answer takes a minute."""
     with running(endless) as generator:
         slow(generator, monkeypatch)
@@ -55,9 +53,7 @@ async def test_a_newcomer_does_not_wait_for_the_ends_of_others(
         first.cancel()
 
 
-async def test_newcomers_wait_until_decoding_has_taken_as_long_as_their_prefill(
-    endless: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_prefill_and_decode_share_the_time(endless: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(endless) as generator:
         prefill, prefills = generator.prefill, []
 
@@ -81,7 +77,6 @@ async def test_newcomers_wait_until_decoding_has_taken_as_long_as_their_prefill(
 
 
 async def test_leaving_frees_the_place(endless: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the middle of an answer and while waiting: with the token that is being decoded."""
     with running(endless, max_batch_size=1) as generator:
         slow(generator, monkeypatch)
         tasks = [asyncio.create_task(ask(generator, prompt(3), SamplingParams(1500, 1.0))) for _ in range(2)]
@@ -141,9 +136,7 @@ async def test_a_prompt_that_breaks_the_model_fails_alone(endless: Any) -> None:
 
 @pytest.mark.parametrize("when", ["prefill", "step"])
 @each_kind
-async def test_answers_survive_a_lack_of_memory(
-    kind: str, when: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_out_of_memory_is_survived(kind: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model with memory for three sequences: the others wait, and go on from the tokens that they have."""
     model = tiny_llama(**GENERATION[kind])
     with running(model) as generator:
@@ -183,10 +176,7 @@ async def test_a_lone_sequence_without_memory_fails(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("method", ["admit", "decode", "prefill"])
-async def test_jobs_of_an_engine_that_dies_fail(
-    endless: Any, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    """Those that run, those that wait and those that come later."""
+async def test_jobs_of_a_dead_engine(endless: Any, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     with running(endless, max_batch_size=2) as generator:
         slow(generator, monkeypatch)
         jobs = [asyncio.create_task(ask(generator, prompt(5, 6), SamplingParams(1500))) for _ in range(4)]

@@ -102,9 +102,7 @@ def reference(text: str, stops: list[str]) -> tuple[str, bool]:
     st.lists(st.text(LETTERS, min_size=1, max_size=4), max_size=4),
     st.lists(st.integers(0, 30), max_size=6),
 )
-def test_a_stop_string_cuts_alike_however_the_text_is_cut(
-    text: str, stops: list[str], cuts: list[int]
-) -> None:
+def test_stop_strings_across_any_chunks(text: str, stops: list[str], cuts: list[int]) -> None:
     expected, expected_hit = reference(text, stops)
     cutter = StopStrings(stops)
     out, hit = "", False

@@ -65,7 +65,6 @@ async def test_a_long_answer_is_that_of_generate() -> None:
 
 @pytest.mark.parametrize("kind", GENERATION)
 async def test_neighbours_change_nothing(kind: str) -> None:
-    """Mixed params, arriving in the middle of each other's answers, streamed and not."""
     with running(tiny_llama(**GENERATION[kind]), max_batch_size=8) as generator:
         requests = mixed(24)
         alone = [await ask(generator, *request) for request in requests]

@@ -70,9 +70,7 @@ def test_joined_batches_hold_the_caches_of_both(model: Any, ours: tuple[int], th
 
 
 @pytest.mark.parametrize(("lengths", "kept"), [((5, 2, 3), [1, 2]), ((5, 2, 3), [0, 2]), ((1, 4), [0])])
-def test_sequences_that_leave_take_their_padding_along(
-    model: Any, lengths: tuple[int], kept: list[int]
-) -> None:
+def test_padding_leaves_with_its_sequences(model: Any, lengths: tuple[int], kept: list[int]) -> None:
     left = batch(model, *lengths)
     left.keep(kept)
     check(left, *(lengths[i] for i in kept))

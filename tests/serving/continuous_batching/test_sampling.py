@@ -44,7 +44,6 @@ def test_tokens_are_drawn_from_the_distribution(params: dict[str, Any], expected
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-38, 1e-7, 1e-5])
 def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
-    """Logits divided by it are more than float32 holds."""
     logits = torch.randn(50, generator=torch.manual_seed(0)).sort().values.repeat(3, 1)
     assert (
         sample_next_tokens(logits, [sequence(seed=i, temperature=temperature) for i in range(3)]) == [49] * 3

@@ -212,7 +212,6 @@ time.sleep(3600)
 
 @pytest.mark.parametrize("end", ["exit", "SIGKILL", "SIGTERM", "engine"])
 def test_no_process_outlives_the_worker(end: str) -> None:
-    """However the worker ends: by itself, killed outright, by a signal without a handler, with its engine."""
     worker = subprocess.Popen(
         [sys.executable, "-c", WORKER, str(ENGINE), end], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )

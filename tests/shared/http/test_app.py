@@ -11,7 +11,6 @@ from fastapi import FastAPI
 from fastapi.openapi.models import OpenAPI
 
 from shared.admission import Admission
-from shared.errors import StartError
 from shared.http_app import make_app
 from tests.shared.http.toy import make_handler
 
@@ -72,9 +71,7 @@ async def test_a_native_error_is_a_failed_job_with_its_status() -> None:
         ({**CHAT, "fail": "memory"}, 500, "out_of_memory", None),
     ],
 )
-async def test_errors_of_an_openai_route(
-    body: dict[str, Any], status: int, code: str | None, param: str | None
-) -> None:
+async def test_openai_errors(body: dict[str, Any], status: int, code: str | None, param: str | None) -> None:
     answer = await client().post("/v1/chat/completions", json=body)
     assert answer.status_code == status
     if code:
@@ -135,27 +132,6 @@ async def test_health_follows_the_state() -> None:
     assert await states() == (503, "dead", 503, "2")
 
 
-async def test_a_worker_that_cannot_start_is_healthy_and_answers_with_the_cause() -> None:
-    admission = Admission()
-    admission.fail(StartError("The toy is broken.", code="broken_toy"))
-    http = client(admission)
-    assert (await http.get("/ping")).status_code == 200
-    for answer in (await http.post("/v1/chat/completions", json=CHAT), await http.get("/v1/models")):
-        assert answer.status_code == 503
-        assert answer.json()["error"]["message"] == "The toy is broken."
-        assert answer.json()["error"]["code"] == "broken_toy"
-        assert "retry-after" not in answer.headers  # another attempt meets the same cause
-    assert (await http.get("/health")).json()["cause"] == "The toy is broken."
-
-
-async def test_a_dead_engine_closes_the_worker() -> None:
-    admission = ready()
-    http = client(admission)
-    answer = await http.post("/runsync", json={"input": {"fail": "dead"}})
-    assert answer.status_code == 503
-    assert admission.state == "dead"
-
-
 async def test_only_the_second_out_of_memory_in_a_row_closes_the_worker() -> None:
     admission = ready()
     http = client(admission)
@@ -197,12 +173,6 @@ async def test_browsers_of_other_origins_are_off_by_default() -> None:
     assert (await http.options("/v1/chat/completions", headers=preflight)).status_code == 200
     answer = await http.post("/v1/chat/completions", json=CHAT, headers={"origin": "https://other.example"})
     assert "access-control-allow-origin" not in answer.headers
-
-
-async def test_the_health_path_is_the_one_that_is_set() -> None:
-    http = client(health_path="/healthz")
-    assert (await http.get("/healthz")).status_code == 200
-    assert (await http.get("/ping")).status_code == 404
 
 
 def references(node: Any) -> set[str]:
@@ -256,8 +226,3 @@ def test_the_openapi_document_names_the_key() -> None:
     assert made["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"
     assert made["paths"]["/v1/models"]["get"]["security"] == [{"bearer": []}]
     assert "s3cret-key" not in json.dumps(made)
-
-
-async def test_the_documentation_is_served() -> None:
-    assert "swagger" in (await client().get("/docs")).text
-    assert (await client().get("/openapi.json")).json() == document()

@@ -20,7 +20,9 @@ def test_a_body_that_declares_too_much_is_refused_and_its_sender_reads_the_answe
     assert json.loads(answer.json()["error"])["code"] == "too_large"
 
 
-@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=b"])
+@pytest.mark.parametrize(
+    "kind", ["application/json", "multipart/form-data; boundary=b", "application/x-www-form-urlencoded"]
+)
 def test_a_body_that_never_ends_is_refused_and_its_connection_closed(server: Server, kind: str) -> None:
     before, peak = server.rss(), 0
     with server.connect() as connection:

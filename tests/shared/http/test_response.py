@@ -45,38 +45,6 @@ def test_the_openai_client_reads_answers_and_streams(ai: openai.OpenAI) -> None:
     assert ai.models.retrieve("org/toy").id == "org/toy"
 
 
-def test_the_openai_client_uploads_a_file(ai: openai.OpenAI) -> None:
-    file = b"RIFF" + bytes(5 * 2**20)
-    answer = ai.audio.transcriptions.create(model="toy", file=("a.wav", file), temperature=0.5)
-    assert answer.text == f"{len(file)} bytes"
-    text: Any = ai.audio.transcriptions.create(model="toy", file=b"1234", response_format="text")
-    assert text == "4 bytes"
-
-
-def test_the_openai_client_receives_audio_while_it_is_made(ai: openai.OpenAI) -> None:
-    speech = ai.audio.speech.with_streaming_response
-    with speech.create(model="toy", voice="alloy", input="hi", extra_body={"size": 5000}) as answer:
-        assert answer.headers["content-type"] == "audio/wav"
-        assert sum(map(len, answer.iter_bytes())) == 15_000
-
-
-@pytest.mark.parametrize(
-    ("extra", "kind"),
-    [
-        ({"fail": "invalid"}, openai.BadRequestError),
-        ({"model": "other"}, openai.NotFoundError),
-        ({"fail": "crash"}, openai.InternalServerError),
-    ],
-)
-def test_the_openai_client_raises_the_class_of_the_error(
-    ai: openai.OpenAI, extra: dict[str, Any], kind: type[openai.APIStatusError]
-) -> None:
-    with pytest.raises(kind) as raised:
-        chat(ai, **extra)
-    assert isinstance(raised.value.body, dict)
-    assert set(raised.value.body) == {"type", "message", "param", "code"}
-
-
 def test_a_stream_that_fails_after_its_first_part_raises_in_the_openai_client(ai: openai.OpenAI) -> None:
     messages: Any = CHAT["messages"]
     parts = ai.chat.completions.create(
@@ -106,9 +74,7 @@ def test_each_part_is_one_event_that_is_sent_at_once(server: Server) -> None:
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_a_stream_that_fails_before_its_first_part_is_an_error_with_its_status(
-    server: Server, native: bool
-) -> None:
+def test_a_stream_that_fails_at_once_has_an_error_status(server: Server, native: bool) -> None:
     fault = {"stream": True, "fail": "invalid", "fail_after": 0}
     path, body = ("/runsync", {"input": fault}) if native else ("/v1/chat/completions", CHAT | fault)
     answer = httpx.post(server.url + path, json=body)
@@ -163,24 +129,11 @@ def busy(server: Server) -> int:
     ],
     ids=["complete", "before the second part", "between parts"],
 )
-def test_a_client_that_hangs_up_frees_its_slot_within_a_second(
-    server: Server, payload: dict[str, Any]
-) -> None:
+def test_a_disconnect_frees_its_slot_within_a_second(server: Server, payload: dict[str, Any]) -> None:
     connection = server.send("/runsync", json.dumps({"input": payload}).encode())
     wait_until(lambda: server.health()["in_flight"] == 1, 10)
     begin = time.monotonic()
     connection.close()
-    wait_until(lambda: busy(server) == 0, 10)
-    assert time.monotonic() - begin < 1
-
-
-def test_requests_that_wait_leave_the_queue_when_their_clients_hang_up(server: Server) -> None:
-    body = json.dumps({"input": {"seconds": 60}}).encode()
-    connections = [server.send("/runsync", body) for _ in range(12)]
-    wait_until(lambda: server.health()["waiting"] == 4, 10)
-    begin = time.monotonic()
-    for connection in connections:
-        connection.close()
     wait_until(lambda: busy(server) == 0, 10)
     assert time.monotonic() - begin < 1
 

@@ -30,7 +30,8 @@ def test_it_listens_while_the_model_loads() -> None:
         assert refused.status_code == 503
         assert refused.headers["retry-after"]
         assert json.loads(refused.json()["error"])["code"] == "not_ready"
-        assert httpx.get(f"{server.url}/docs").status_code == 200
+        assert "swagger" in httpx.get(f"{server.url}/docs").text
+        assert httpx.get(f"{server.url}/openapi.json").json()["paths"]
         wait_until(lambda: server.ping() == 200, 30)
         assert server.work(text="hi").json()["output"] == {"text": "hi", "modules": [], "usage": {}}
 
@@ -48,6 +49,10 @@ def test_a_start_that_cannot_succeed_is_answered_to_every_request() -> None:
             assert answer.status_code == 503
             error = json.loads(answer.json()["error"])
             assert (error["code"], error["message"]) == ("broken_toy", "The toy is broken. Buy another.")
+            assert "retry-after" not in answer.headers, "another attempt meets the same cause"
+        answer = httpx.get(f"{server.url}/v1/models")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "broken_toy")
+        assert server.health()["cause"] == "The toy is broken. Buy another."
         assert server.ping() == 200
         server.process.send_signal(signal.SIGTERM)
         assert server.end() == 0
@@ -116,26 +121,14 @@ async def post_all(server: Server, count: int, **payload: object) -> list[httpx.
 
 
 def test_beyond_those_that_run_and_wait_requests_are_refused_at_once(server: Server) -> None:
-    answers = asyncio.run(post_all(server, 500, seconds=3))
-    assert Counter(answer.status_code for answer in answers) == {200: 16, 429: 484}
+    answers = asyncio.run(post_all(server, 200, seconds=3))
+    assert Counter(answer.status_code for answer in answers) == {200: 16, 429: 184}
     refused = [answer for answer in answers if answer.status_code == 429]
     assert all(answer.headers["retry-after"] == "2" for answer in refused)
     assert max(answer.elapsed.total_seconds() for answer in refused) < 3  # all were sent before one ended
     waits = sorted(answer.json()["delayTime"] for answer in answers if answer.status_code == 200)
     assert waits[7] < 1000 < 2500 < waits[8]  # ms: 8 run at once, 8 follow
     assert server.health()["waiting"] == 0
-
-
-def test_max_waiting_may_be_none() -> None:
-    with running(MAX_CONCURRENCY="2", MAX_WAITING="0") as server:
-        answers = asyncio.run(post_all(server, 10, seconds=1))
-        assert Counter(answer.status_code for answer in answers) == {200: 2, 429: 8}
-        body = b'{"input": {"seconds": 60}}'
-        with server.send("/runsync", body), server.send("/runsync", body):
-            wait_until(lambda: server.health()["in_flight"] == 2, 10)
-            ai = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-            with pytest.raises(openai.RateLimitError):
-                ai.chat.completions.create(model="toy", messages=[])
 
 
 def test_thousands_of_requests_on_kept_connections_leave_nothing_behind(server: Server) -> None:
@@ -148,10 +141,10 @@ def test_thousands_of_requests_on_kept_connections_leave_nothing_behind(server: 
                 answer = http.post(f"{server.url}/runsync", json={"input": body["input"] | stream})
                 assert answer.status_code == 200
 
-    ask(500)
+    ask(300)
     descriptors, memory = server.descriptors(), server.rss()
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(ask, [1500, 1500]))
+        list(pool.map(ask, [800, 800]))
     wait_until(lambda: server.descriptors() <= descriptors, 10)
     assert server.rss() - memory < 3e6
 
@@ -164,19 +157,6 @@ def read_answers(connection: socket.socket, count: int) -> bytes:
             break
         data += received
     return data
-
-
-def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
-    made = b""
-    for number in range(5):
-        body = json.dumps({"input": {"text": f"number {number}", "seconds": 0.2 - number / 30}}).encode()
-        made += b"POST /runsync HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body
-    with server.connect() as connection:
-        connection.sendall(made)
-        answers = read_answers(connection, 5)
-    assert answers.count(b"200 OK") == 5
-    positions = [answers.index(f"number {number}".encode()) for number in range(5)]
-    assert positions == sorted(positions)
 
 
 # ---- the end ----------------------------------------------------------------------------------------------
@@ -235,9 +215,10 @@ def test_sigterm_under_load_loses_nothing() -> None:
 
 
 def test_a_second_sigterm_ends_at_once() -> None:
-    with running() as server:
+    with running(MAX_CONCURRENCY="1", MAX_WAITING="0") as server:
         connection = server.send("/runsync", b'{"input": {"seconds": 60}}')
         wait_until(lambda: server.health()["in_flight"] == 1, 10)
+        assert server.work().status_code == 429
         server.process.send_signal(signal.SIGTERM)
         wait_until(lambda: server.ping() == 503, 10)
         server.process.send_signal(signal.SIGTERM)
@@ -245,14 +226,9 @@ def test_a_second_sigterm_ends_at_once() -> None:
         connection.close()
 
 
-def test_sigterm_while_the_model_loads_ends_at_once() -> None:
-    with running(until_ping=204, LOAD_SECONDS="60") as server:
-        server.process.send_signal(signal.SIGTERM)
-        assert server.end(5) == 128 + signal.SIGTERM
-
-
-def test_sigterm_before_it_listens_ends_at_once() -> None:
-    with running(until_ping=None, LOAD_SECONDS="60") as server:
+@pytest.mark.parametrize("until_ping", [None, 204], ids=["before it listens", "while the model loads"])
+def test_sigterm_ends_a_start_at_once(until_ping: int | None) -> None:
+    with running(until_ping=until_ping, LOAD_SECONDS="60") as server:
         wait_until(lambda: server.log, 30)
         server.process.send_signal(signal.SIGTERM)
         assert server.end(10) == 128 + signal.SIGTERM

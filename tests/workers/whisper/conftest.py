@@ -17,7 +17,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The handler is tested on both engines, what stands between it and them on one."""
+    if "loaded" in metafunc.fixturenames:
+        engines = ENGINES if metafunc.module.__name__.endswith("test_handler") else ENGINES[:1]
+        metafunc.parametrize("loaded", engines, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def loaded(request: pytest.FixtureRequest, cache: Path) -> Iterator[Any]:
     """The handler's Model with the tiny model on one of the engines, as `prepare()` leaves it."""
     with pytest.MonkeyPatch.context() as patch:

@@ -37,7 +37,6 @@ def transcribers(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Transcribers:
 
 @engine_test
 def test_both_engines_give_the_same_result(transcribers: Transcribers) -> None:
-    """Tokens, probabilities and word times, of two independent implementations."""
     compared = 0
     for hertz, language, task, prompt in [
         (HELLO.hertz, "en", "transcribe", None),
@@ -64,9 +63,7 @@ def test_both_engines_give_the_same_result(transcribers: Transcribers) -> None:
 
 @engine_test
 @pytest.mark.parametrize(("prompt", "most"), [(None, 224), ("hello, you " * 90, 221)])
-def test_both_engines_stop_at_the_models_length(
-    transcribers: Transcribers, prompt: str | None, most: int
-) -> None:
+def test_the_length_limit_of_both_engines(transcribers: Transcribers, prompt: str | None, most: int) -> None:
     """Of a model that may not end: half of its 448 positions, or what a long prompt leaves."""
     lengths = {}
     for name, transcriber in transcribers.items():
@@ -82,9 +79,7 @@ def test_both_engines_stop_at_the_models_length(
 
 
 @engine_test
-def test_alignment_heads_are_aligned_one_by_one(
-    transcribers: Transcribers, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_alignment_heads_one_by_one(transcribers: Transcribers, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a checkpoint does not name them, a large model has 320."""
     shapes, real = [], alignment.median_filter
     monkeypatch.setattr(
@@ -101,7 +96,6 @@ def test_alignment_heads_are_aligned_one_by_one(
 @engine_test
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_request_alone_gives_what_generate_gives(transcribers: Transcribers, beams: int) -> None:
-    """transformers' generate() as its documentation uses it."""
     transcriber = transcribers["transformers"]
     eot = transcriber.tokenizer.eot
     for said in tiny.SAID:
@@ -132,9 +126,7 @@ def test_the_vocabulary_tells_whether_a_fine_tune_is_multilingual(
 
 
 @engine_test
-def test_a_model_is_converted_once_and_a_converted_one_is_loaded_as_it_is(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_conversion_to_ctranslate2_happens_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = made("whisper", tiny.make)
     runs = []
     converter = ctranslate2.converters.TransformersConverter

@@ -253,7 +253,6 @@ async def test_models_without_timestamps(engine: str, monkeypatch: pytest.Monkey
 
 @both_engines
 async def test_a_distilled_model(engine: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    """128 mel bins, a decoder of fewer layers, and no named alignment heads."""
     model = load(engine, made("whisper-distilled", tiny.make_distilled), monkeypatch, cache)
     assert model.transcriber.log_mel(sound(440)).shape == (128, 3000)
     for said in tiny.SAID:

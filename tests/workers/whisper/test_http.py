@@ -68,9 +68,7 @@ async def openai_client() -> AsyncIterator[AsyncOpenAI]:
         ("verbose_json", "application/json", None),
     ],
 )
-async def test_a_file_is_uploaded(
-    loaded: Any, response_format: Any, media_type: str, expected: str | None
-) -> None:
+async def test_file_uploads(loaded: Any, response_format: Any, media_type: str, expected: str | None) -> None:
     file = ("speech.wav", encoded_bytes(sound(CECI.hertz)))
     words = {"timestamp_granularities": ["word", "segment"]} if response_format == "verbose_json" else {}
     async with openai_client() as client:

@@ -37,12 +37,6 @@ def test_an_invalid_field_is_named(fields: dict[str, Any], param: str, code: str
     assert param in caught.value.message
 
 
-def test_audio_is_required() -> None:
-    with pytest.raises(JobError) as caught:
-        validate(WhisperRequest, {})
-    assert (caught.value.param, caught.value.code) == ("audio", "missing_field")
-
-
 @pytest.mark.parametrize("empty", ["", "auto", None])
 def test_an_empty_language_is_detected(empty: str | None) -> None:
     assert WhisperRequest(audio="AAAA", language=empty).language is None

@@ -22,9 +22,7 @@ def tokenizer(library: WhisperTokenizerFast) -> WhisperTokenizer:
     return WhisperTokenizer(library.backend_tokenizer, multilingual=True, max_length=448, timestamps=True)
 
 
-def test_text_and_prompts_are_those_of_transformers(
-    library: WhisperTokenizerFast, tokenizer: WhisperTokenizer
-) -> None:
+def test_text_and_prompt_tokens(library: WhisperTokenizerFast, tokenizer: WhisperTokenizer) -> None:
     ids = library(" ceci est un test, déjà", add_special_tokens=False)["input_ids"]
     assert tokenizer.encode(" ceci est un test, déjà") == ids
     assert tokenizer.decode([tokenizer.timestamp_begin, *ids, tokenizer.eot]) == " ceci est un test, déjà"
@@ -44,9 +42,7 @@ def test_text_and_prompts_are_those_of_transformers(
         ("你好。", "zh", ["你", "好", "。"]),
     ],
 )
-def test_text_tokens_are_words_and_punctuation(
-    tokenizer: WhisperTokenizer, text: str, language: str | None, words: list[str]
-) -> None:
+def test_word_split(tokenizer: WhisperTokenizer, text: str, language: str | None, words: list[str]) -> None:
     tokens = tokenizer.encode(text)
     split = tokenizer.split_to_words(tokens, language)
     assert [word for word, _ in split] == words

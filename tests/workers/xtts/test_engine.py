@@ -98,10 +98,7 @@ def greedy(engine: SpeechEngine, penalty: float = 1.0) -> SamplingParams:
 
 @pytest.mark.parametrize("penalty", [1.0, 2.0])
 @pytest.mark.parametrize("speed", [1.0, 1.4, 0.8])
-async def test_the_audio_is_that_of_the_library(
-    synthesizer: Any, alone: Any, speed: float, penalty: float
-) -> None:
-    """`Xtts.inference` with greedy decoding gives the same samples."""
+async def test_audio_is_the_librarys(synthesizer: Any, alone: Any, speed: float, penalty: float) -> None:
     engine, voice = synthesizer.engine, synthesizer.voices.built_in[SPEAKERS[1]]
     text = "hello world, this is a sentence"
 
@@ -117,9 +114,7 @@ async def test_the_audio_is_that_of_the_library(
     assert alike(ours, theirs)
 
 
-async def test_a_segment_is_the_same_alone_and_beside_others_and_streamed(
-    new_engine: Any, begin: Any
-) -> None:
+async def test_batching_and_streaming_change_no_audio(new_engine: Any, begin: Any) -> None:
     engine = new_engine(stream_tokens=STREAM_TOKENS)
     texts = [f"number {n} " * (1 + n % 4) for n in range(12)]  # more than run at a time
     wanted = []
@@ -194,10 +189,7 @@ async def test_audio_that_is_not_waited_for_is_not_made(gated: Any, begin: Any) 
     assert gate.calls == 2
 
 
-async def test_the_transformer_waits_for_a_full_vocoder(
-    gated: Any, begin: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And goes on as soon as there is room."""
+async def test_backpressure_of_the_vocoder(gated: Any, begin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, gate = gated
     submit, waiting = engine.vocoder.submit, []
 
@@ -216,9 +208,7 @@ async def test_the_transformer_waits_for_a_full_vocoder(
     assert all(samples.size for samples in await asyncio.gather(*map(audio_of, sequences)))
 
 
-async def test_parts_come_in_order_whichever_is_ready_first(
-    new_engine: Any, begin: Any, alone: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_part_order(new_engine: Any, begin: Any, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, second_is_ready = new_engine(vocoder_threads=2, stream_tokens=STREAM_TOKENS), threading.Event()
     decode = engine.vocoder.decode
 
@@ -239,9 +229,7 @@ async def test_parts_come_in_order_whichever_is_ready_first(
 # ---- leaving and failing -------------------------------------------------------------------------------
 
 
-async def test_a_cancelled_job_frees_its_places(
-    synthesizer: Any, say: Any, begin: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_cancelling(synthesizer: Any, say: Any, begin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = synthesizer.engine
     with monkeypatch.context() as patch:
         patch.setattr(engine, "decode", gate := Gate(engine.decode))
@@ -257,9 +245,7 @@ async def test_a_cancelled_job_frees_its_places(
         assert (await audio_of(begin(engine, "next"))).size
 
 
-async def test_out_of_memory_means_fewer_at_a_time(
-    new_engine: Any, begin: Any, alone: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_memory(new_engine: Any, begin: Any, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences that have emitted a part when memory runs out begin again, and emit the rest."""
     engine = new_engine(stream_tokens=STREAM_TOKENS)
     decode, emitted = engine.decode, []
@@ -288,7 +274,6 @@ async def test_a_finished_sequence_keeps_no_tensors(synthesizer: Any, begin: Any
 
 @pytest.mark.parametrize("field", ["latents", "embedding"])
 async def test_numbers_that_are_not_finite(synthesizer: Any, alone: Any, field: str) -> None:
-    """Of the transformer and of the vocoder; the engine goes on."""
     voice = synthesizer.voices.built_in[SPEAKERS[0]]
     with pytest.raises(JobError) as caught:
         await alone("hello", voice=replace(voice, **{field: getattr(voice, field) * float("nan")}))

@@ -17,9 +17,7 @@ from tools.workers import load_handler
 
 
 @pytest.mark.parametrize("value", [None, "", "0", "false"])
-def test_nothing_is_loaded_before_the_licence_is_agreed_to(
-    value: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_licence_comes_before_loading(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COQUI_TOS_AGREED", raising=False)
     if value is not None:
         monkeypatch.setenv("COQUI_TOS_AGREED", value)
