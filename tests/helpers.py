@@ -62,7 +62,7 @@ def sse_events(chunks: list[str]) -> list[Any]:
     return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
-def refused(model: type[BaseModel], payload: dict[str, Any]) -> tuple[str | None, str | None]:
+def refused(model: type[BaseModel], payload: dict[str, Any]) -> tuple[str | None, str | int | None]:
     """`param` and `code` of the error for a payload that is no `model`; the message must name the field."""
     with pytest.raises(JobError) as caught:
         validate(model, payload)
