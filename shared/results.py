@@ -66,7 +66,7 @@ async def to_plain(result: Any) -> tuple[Any, bytes]:
 
 
 async def _plain_objects(result: Any) -> Any:
-    """`result` dumped; long lists in parts, between which the event loop runs. They come last in their object."""
+    """`result` dumped; long lists, which come last, in parts between which the event loop runs."""
     lists = list(_long_lists(result, ()))
     exclude: dict[Any, Any] = {}
     for path, _ in lists:
@@ -74,7 +74,7 @@ async def _plain_objects(result: Any) -> Any:
         for key in path[:-1]:
             inner = inner.setdefault(key, {})
         inner[path[-1]] = True
-    content = to_jsonable_python(result, exclude=exclude or None, fallback=_numpy)  # type: ignore[arg-type]
+    content = to_jsonable_python(result, exclude=exclude or None, fallback=_numpy)
     for path, items in lists:
         owner = content
         for key in path[:-1]:

@@ -90,7 +90,7 @@ def _mix_adapters(model: PreTrainedModel, peft_names: Mapping[str, str]) -> SetA
             names = [name if name in module.modules_to_save else BASE for name in names]
         return args, {**kwargs, "adapter_names": names}
 
-    layers = [
+    layers: list[tuple[Any, str, Any, Any]] = [
         (parent, name, layer, _base_layer(layer))
         for parent in model.modules()
         for name, layer in parent.named_children()

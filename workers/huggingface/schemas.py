@@ -23,36 +23,14 @@ from shared.openai import ModelList, ModelsRequest, OpenAIRequest, Usage
 from shared.requests import Request
 from shared.settings import DType, WorkerSettings
 
+from .adapters import check_adapters
+
 DEFAULT_MAX_TOKENS = 512
 MAX_SEQUENCES = 128  # prompts times n, of one request
 MAX_CHARACTERS = 4_000_000
 
 
 # ---- settings ------------------------------------------------------------------------------------------
-
-
-def adapter_sources(lora: str | None) -> dict[str, tuple[str, str | None]]:
-    """The repository or folder and the revision of each adapter that LORA names."""
-    pairs = (pair.strip().partition("=") for pair in (lora or "").split(",") if pair.strip())
-    return {name.strip(): _split_revision(source.strip()) for name, _, source in pairs}
-
-
-def _split_revision(source: str) -> tuple[str, str | None]:
-    """`repository@revision` in two; a folder's name may hold an @."""
-    if source.startswith(("/", ".", "~")):
-        return source, None
-    repository, _, revision = source.partition("@")
-    return repository, revision or None
-
-
-def _check_adapters(lora: str | None) -> str | None:
-    sources = adapter_sources(lora)
-    pairs = [pair for pair in (lora or "").split(",") if pair.strip()]
-    if len({name.casefold() for name in sources}) < len(pairs):
-        raise ValueError("two adapters have the same name")
-    if not all(name and source for name, (source, _) in sources.items()):
-        raise ValueError("each adapter is name=repository or name=folder, separated by commas")
-    return lora
 
 
 class Settings(WorkerSettings):
@@ -71,7 +49,7 @@ class Settings(WorkerSettings):
     quantization: Literal["bitsandbytes-8bit", "bitsandbytes-4bit", "awq", "gptq"] | None = Field(
         None, description="bitsandbytes: quantise on load; awq and gptq: for checkpoints quantised so"
     )
-    lora: Annotated[str | None, AfterValidator(_check_adapters)] = Field(
+    lora: Annotated[str | None, AfterValidator(check_adapters)] = Field(
         None,
         description="LoRA adapters in peft's format, as name=repository, name=repository@revision or "
         "name=folder, separated by commas",

@@ -204,7 +204,7 @@ async def test_logprobs_are_the_same_streamed_and_on_every_route(worker: ModuleT
 async def test_a_large_answer_leaves_the_event_loop_free(
     worker: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """2000 tokens, each with 20 of the most likely: 3 MB, as the worker's own answer, streamed, and OpenAI's."""
+    """2000 tokens, each with 20 of the most likely: 3 MB; the worker's own answer, streamed, and OpenAI's."""
     gc.freeze()  # as a worker does when it is ready
     monkeypatch.setattr(worker.engine.generator, "eos_token_ids", frozenset())
     own = {"prompt": "The river", "max_tokens": 2000, "logprobs": 20}

@@ -13,6 +13,7 @@ from tests.workers.huggingface.in_process import MESSAGES
 from tools.workers import load_module
 
 schemas = load_module("huggingface", "schemas")
+adapters = load_module("huggingface", "adapters")
 checks = load_module("huggingface", "checks")
 
 
@@ -107,8 +108,8 @@ def test_chat_templates_get_strings_and_parsed_arguments() -> None:
 
 
 def test_sources_of_adapters() -> None:
-    assert schemas.adapter_sources(None) == {}
-    sources = schemas.adapter_sources("a=org/one, b.c = org/two@v1 ,d=/models/x@y,")
+    assert adapters.adapter_sources(None) == {}
+    sources = adapters.adapter_sources("a=org/one, b.c = org/two@v1 ,d=/models/x@y,")
     assert sources == {"a": ("org/one", None), "b.c": ("org/two", "v1"), "d": ("/models/x@y", None)}
 
 
