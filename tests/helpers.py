@@ -11,9 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from tools.workers import ROOT
+import pytest
+
+from tools.models import local_env
+from tools.workers import ROOT, load_handler
 
 _ids = itertools.count()
 
@@ -85,6 +89,22 @@ def run_examples(worker: str, url: str) -> list[dict[str, Any]]:
             ran.append({})
             exec(code, ran[-1])
     return ran
+
+
+@contextmanager
+def serving(worker: str, **env: str) -> Iterator[ModuleType]:
+    """The module of a worker's handler as `prepare()` leaves it; another engine waits meanwhile."""
+    module = load_handler(worker)
+    before = getattr(module, "engine", None)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**local_env(worker), "PREWARM": "false", **env}.items():
+            patch.setenv(name, value)
+        module.prepare()
+    try:
+        yield module
+    finally:
+        module.engine.generator.close()
+        module.engine = before
 
 
 @contextmanager

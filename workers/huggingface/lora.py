@@ -1,7 +1,7 @@
 """LoRA adapters beside the model's weights: each sequence of a batch has its own adapter, or none.
 
 peft's layers run mixed batches: they take `adapter_names`, one for each sequence, `__base__` for no adapter.
-PeftModel.forward hands the names to them through hooks that it registers and removes at every pass; here the
+PeftModel.forward passes the names to them through hooks that it registers and removes at every pass; here the
 hooks are registered once, so that the model keeps its own class and a decode step its speed. In a pass whose
 sequences all use no adapter, the model has its own layers in place of peft's.
 """

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
 import pytest
 
 from shared.errors import StartError
+from tests import helpers
 from tests.helpers import send
-from tools.models import local_env
-from tools.workers import load_handler
 
 MESSAGES = [{"role": "user", "content": "Name three rivers."}]
 PROMPTS = [
@@ -24,20 +22,8 @@ PROMPTS = [
 ]
 
 
-@contextmanager
-def serving(**env: str) -> Iterator[ModuleType]:
-    """The handler's module as `prepare()` leaves it, for a while; another engine waits meanwhile."""
-    module = load_handler("huggingface")
-    before = getattr(module, "engine", None)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**local_env("huggingface"), "PREWARM": "false", **env}.items():
-            patch.setenv(name, value)
-        module.prepare()
-    try:
-        yield module
-    finally:
-        module.engine.generator.close()
-        module.engine = before
+def serving(**env: str) -> AbstractContextManager[ModuleType]:
+    return helpers.serving("huggingface", **env)
 
 
 def start_error(**env: str) -> StartError:

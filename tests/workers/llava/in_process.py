@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
-import pytest
 from PIL import Image
 
-from tools.models import local_env
+from tests import helpers
 from tools.models.tiny_llava import ANSWERS, QUESTIONS
-from tools.workers import load_handler
 
 WHAT, DESCRIBE = QUESTIONS
 
@@ -51,17 +48,5 @@ def answer_to(colour: str) -> str:
     return " " + ANSWERS[colour]
 
 
-@contextmanager
-def serving(**env: str) -> Iterator[ModuleType]:
-    """The handler's module as `prepare()` leaves it, for a while; another engine waits meanwhile."""
-    module = load_handler("llava")
-    before = getattr(module, "engine", None)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**local_env("llava"), "PREWARM": "false", **env}.items():
-            patch.setenv(name, value)
-        module.prepare()
-    try:
-        yield module
-    finally:
-        module.engine.generator.close()
-        module.engine = before
+def serving(**env: str) -> AbstractContextManager[ModuleType]:
+    return helpers.serving("llava", **env)
