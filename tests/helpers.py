@@ -94,7 +94,7 @@ def run_examples(worker: str, url: str) -> list[dict[str, Any]]:
 @contextmanager
 def serving(worker: str, **env: str) -> Iterator[ModuleType]:
     """The module of a worker's handler as `prepare()` leaves it; another engine waits meanwhile."""
-    module = load_handler(worker)
+    module: Any = load_handler(worker)
     before = getattr(module, "engine", None)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**local_env(worker), "PREWARM": "false", **env}.items():
