@@ -11,6 +11,7 @@ NAMES = (
     "huggingface",
     "images",
     "llava",
+    "lora",
     "retrieval",
     "tgi",
     "vllm",

@@ -15,10 +15,11 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks import offline
 from benchmarks.embeddings import middle
-from benchmarks.harness import HERE, Burst, alone, bare, burst, machine, table, write
+from benchmarks.harness import HERE, Burst, alone, bare, burst, table
 from local import running
-from tools.models import made, tiny_florence2
+from tools.models import tiny_florence2
 
 WORKER = "florence2"
 NAIVE = HERE / "naive" / f"{WORKER}.py"
@@ -58,16 +59,16 @@ def measure(model: str) -> dict[str, Any]:
     env = {"MODEL_NAME": model, "HF_HUB_OFFLINE": "1"}
     jobs, answers = jobs_and_answers(JOBS)
     bursts: dict[int, list[Burst]] = {8: [], JOBS: []}
-    offline: list[float] = []
+    batches: list[float] = []
     wrong = 0
     with running(WORKER, env=env) as worker, bare(WORKER, model, env) as library:
         library.ask(jobs[:4])
         burst(worker, jobs[:4])
         for number in range(ROUNDS):
             print(f"  round {number + 1} of {ROUNDS}: {JOBS} pictures offline and as jobs", flush=True)
-            seconds, said = library.ask(jobs)
-            offline.append(seconds)
-            wrong += sum(a != b for a, b in zip(said, answers, strict=True))
+            seconds, texts = library.ask(jobs)
+            batches.append(seconds)
+            wrong += sum(a != b for a, b in zip(texts, answers, strict=True))
             for count, found in bursts.items():
                 found.append(burst(worker, jobs[:count]))
                 got = [output["raw_output"] for output in found[-1].outputs]
@@ -77,17 +78,17 @@ def measure(model: str) -> dict[str, Any]:
     with running(NAIVE, env=env) as worker:
         burst(worker, jobs[:1])
         slow = burst(worker, jobs[:NAIVE_JOBS])
-    return {"ours": bursts, "offline": offline, "lone": lone, "naive": slow, "wrong": wrong}
+    return {"ours": bursts, "offline": batches, "lone": lone, "naive": slow, "wrong": wrong}
 
 
-def report(found: dict[str, dict[str, Any]], where: dict[str, str]) -> tuple[str, dict[str, Any]]:
+def report(results: dict[str, dict[str, Any]], where: dict[str, str]) -> tuple[str, dict[str, Any]]:
     verdict = {True: "yes", False: "**no**", None: ""}
-    goals: list[tuple[str, float, str, bool | None]] = []
+    goals: list[offline.Goal] = []
     rows: list[tuple[Any, ...]] = []
-    for name, measured in found.items():
+    for name, measured in results.items():
         ours, slow = middle(measured["ours"][JOBS]), measured["naive"]
-        offline = JOBS / statistics.median(measured["offline"])
-        times, part = ours.rate / slow.rate, ours.rate / offline
+        times = ours.rate / slow.rate
+        part = ours.rate / JOBS * statistics.median(measured["offline"])
         goals += [
             (f"{name}: {JOBS} jobs, times the naive handler", times, ">= 15", times >= 15),
             (f"{name}: {JOBS} jobs, times one offline batch", part, ">= 0.8", part >= 0.8),
@@ -98,19 +99,7 @@ def report(found: dict[str, dict[str, Any]], where: dict[str, str]) -> tuple[str
                 not measured["wrong"],
             ),
         ]
-        rows += [
-            (f"{name}: naive handler, {NAIVE_JOBS} jobs", slow.rate, *list(slow.summary().values())[2:]),
-            (f"{name}: this worker, one job at a time", 1 / statistics.median(measured["lone"]), "", "", ""),
-            *(
-                (
-                    f"{name}: this worker, {count} jobs",
-                    middle(b).rate,
-                    *list(middle(b).summary().values())[2:],
-                )
-                for count, b in measured["ours"].items()
-            ),
-            (f"{name}: {JOBS} pictures as one offline batch", offline, "", "", ""),
-        ]
+        rows += offline.rows(name, measured, batch=JOBS, what="pictures")
     text = f"""# Florence-2
 
 Jobs sent at once through `/runsync` of the local platform and the unmodified SDK, one picture of {SIZE[0]} x
@@ -131,32 +120,11 @@ it.
 The larger model is bound by the two cores: fifteen times the naive handler's one a second is more than the
 offline batch does. Not measured: a GPU, for want of one, and Florence-2's own weights.
 """
-    numbers = {
-        "machine": where,
-        "models": {
-            name: {
-                "naive": measured["naive"].summary(),
-                "ours_per_second": {count: [b.rate for b in bs] for count, bs in measured["ours"].items()},
-                "lone_seconds": measured["lone"],
-                "offline_per_second": [JOBS / seconds for seconds in measured["offline"]],
-            }
-            for name, measured in found.items()
-        },
-        "goals": [
-            {"what": what, "measured": value, "aim": aim, "reached": reached}
-            for what, value, aim, reached in goals
-        ],
-    }
-    return text, numbers
+    return text, offline.numbers(where, results, goals, batch=JOBS)
 
 
 def main() -> None:
-    where = machine("torch", "transformers", "runpod")
-    found = {}
-    for name, (folder, make) in MODELS.items():
-        print(f"The {name} model", flush=True)
-        found[name] = measure(str(made(folder, make)))
-    write("florence2", *report(found, where))
+    offline.compare(WORKER, MODELS, measure, report)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks import offline
 from benchmarks.embeddings import middle
-from benchmarks.harness import HERE, Burst, alone, bare, burst, machine, table, write
+from benchmarks.harness import HERE, Burst, alone, bare, burst, table
 from local import running
-from tools.models import made, tiny_llava
+from tools.models import tiny_llava
 
 WORKER = "llava"
 NAIVE = HERE / "naive" / f"{WORKER}.py"
@@ -52,34 +53,33 @@ def measure(model: str) -> dict[str, Any]:
     env = {"MODEL_NAME": model, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     asked = jobs(JOBS)
     bursts: dict[int, list[Burst]] = {8: [], JOBS: []}
-    offline: list[float] = []
+    batches: list[float] = []
     wrong = 0
     with running(WORKER, env=env) as worker, bare(WORKER, model, env) as library:
         library.ask(asked[:4])
         burst(worker, asked[:4])
         for number in range(ROUNDS):
             print(f"  round {number + 1} of {ROUNDS}: {JOBS} pictures offline and as jobs", flush=True)
-            seconds, said = library.ask(asked)
-            offline.append(seconds)
+            seconds, answers = library.ask(asked)
+            batches.append(seconds)
             for count, found in bursts.items():
                 found.append(burst(worker, asked[:count]))
                 got = [output[0]["response"] for output in found[-1].outputs]
-                wrong += sum(a != b for a, b in zip(got, said[:count], strict=True))
+                wrong += sum(a != b for a, b in zip(got, answers[:count], strict=True))
         lone = [alone(worker, job) for job in asked[:LONE_JOBS]]
     print(f"  the naive handler, {NAIVE_JOBS} jobs", flush=True)
     with running(NAIVE, env=env) as worker:
         burst(worker, asked[:1])
         slow = burst(worker, asked[:NAIVE_JOBS])
-    return {"ours": bursts, "offline": offline, "lone": lone, "naive": slow, "wrong": wrong}
+    return {"ours": bursts, "offline": batches, "lone": lone, "naive": slow, "wrong": wrong}
 
 
-def report(found: dict[str, dict[str, Any]], where: dict[str, str]) -> tuple[str, dict[str, Any]]:
+def report(results: dict[str, dict[str, Any]], where: dict[str, str]) -> tuple[str, dict[str, Any]]:
     verdict = {True: "yes", False: "**no**", None: ""}
-    goals: list[tuple[str, float, str, bool | None]] = []
+    goals: list[offline.Goal] = []
     rows: list[tuple[Any, ...]] = []
-    for name, measured in found.items():
-        ours, slow = {count: middle(all_of) for count, all_of in measured["ours"].items()}, measured["naive"]
-        offline = JOBS / statistics.median(measured["offline"])
+    for name, measured in results.items():
+        ours, slow = {count: middle(bursts) for count, bursts in measured["ours"].items()}, measured["naive"]
         times = ours[JOBS].rate / slow.rate
         # Round by round: both had the same machine.
         rounds = zip(measured["ours"][JOBS], measured["offline"], strict=True)
@@ -90,15 +90,7 @@ def report(found: dict[str, dict[str, Any]], where: dict[str, str]) -> tuple[str
             (f"{name}: 8 jobs, times the naive handler", ours[8].rate / slow.rate, "", None),
             (f"{name}: answers unlike the offline batch's", measured["wrong"], "0", not measured["wrong"]),
         ]
-        rows += [
-            (f"{name}: naive handler, {NAIVE_JOBS} jobs", slow.rate, *list(slow.summary().values())[2:]),
-            (f"{name}: this worker, one job at a time", 1 / statistics.median(measured["lone"]), "", "", ""),
-            *(
-                (f"{name}: this worker, {count} jobs", it.rate, *list(it.summary().values())[2:])
-                for count, it in ours.items()
-            ),
-            (f"{name}: {JOBS} questions as one offline batch", offline, "", "", ""),
-        ]
+        rows += offline.rows(name, measured, batch=JOBS, what="questions")
     text = f"""# LLaVA
 
 Jobs sent at once through `/runsync` of the local platform and the unmodified SDK, one picture of {SIZE[0]}
@@ -117,32 +109,11 @@ batch is timed from base64 to texts, and has the machine to itself; platform, cl
 
 Not measured: a GPU, for want of one, and LLaVA's own weights.
 """
-    numbers = {
-        "machine": where,
-        "models": {
-            name: {
-                "naive": measured["naive"].summary(),
-                "ours_per_second": {count: [b.rate for b in bs] for count, bs in measured["ours"].items()},
-                "lone_seconds": measured["lone"],
-                "offline_per_second": [JOBS / seconds for seconds in measured["offline"]],
-            }
-            for name, measured in found.items()
-        },
-        "goals": [
-            {"what": what, "measured": value, "aim": aim, "reached": reached}
-            for what, value, aim, reached in goals
-        ],
-    }
-    return text, numbers
+    return text, offline.numbers(where, results, goals, batch=JOBS)
 
 
 def main() -> None:
-    where = machine("torch", "transformers", "runpod")
-    found = {}
-    for name, (folder, make) in MODELS.items():
-        print(f"The {name} model", flush=True)
-        found[name] = measure(str(made(folder, make)))
-    write("llava", *report(found, where))
+    offline.compare(WORKER, MODELS, measure, report)
 
 
 if __name__ == "__main__":

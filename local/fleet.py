@@ -15,7 +15,7 @@ from local.workers import WorkerFailed, WorkerProcess
 
 
 class Work(Protocol):
-    """What hands work to the workers: a queue's jobs, or a load balancer's requests."""
+    """Where the workers' work comes from: a queue's jobs, or a load balancer's requests."""
 
     def in_flight(self, worker: str) -> int:
         """How many jobs or requests the worker has."""

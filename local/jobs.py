@@ -1,7 +1,9 @@
-"""A job on the platform: its states, and the limits that RunPod sets."""
+"""A job on the platform: how a request becomes one, its states, and the limits that RunPod sets."""
 
 from __future__ import annotations
 
+import json
+import uuid
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -129,3 +131,55 @@ class Job:
         listeners, self.listeners = self.listeners, []
         for listener in listeners:
             listener()
+
+
+def read_job(body: Any, rules: Rules, *, sync: bool, created: float) -> Job:
+    """The job of a request body `{"input": ..., "policy": ..., "webhook": ..., "s3Config": ...}`.
+
+    `policy.lowPriority` is accepted and ignored: it only concerns scaling. Raises Refused.
+    """
+    if not isinstance(body, dict) or "input" not in body:
+        raise Refused('the body must be a JSON object with the key "input"')
+    policy, webhook = body.get("policy") or {}, body.get("webhook")
+    if not isinstance(policy, dict):
+        raise Refused("policy must be an object")
+    if webhook and not (isinstance(webhook, str) and webhook.startswith(("http://", "https://"))):
+        raise Refused("webhook must be an http(s) URL")
+    timeout = _seconds(policy, "executionTimeout", rules.execution_timeout, rules.execution_timeout_range)
+    ttl = _seconds(policy, "ttl", rules.ttl, rules.ttl_range)
+    name = f"{'sync-' if sync else ''}{uuid.uuid4()}-u1"
+    # An empty input never arrives on RunPod either: the SDK of a worker that takes single jobs drops such a
+    # job, and it fails after its retries (observed).
+    payload = {key: body[key] for key in ("input", "webhook", "s3Config") if body.get(key)}
+    return Job(name, {"id": name} | payload, sync, created, timeout, ttl)
+
+
+def _seconds(policy: dict[str, Any], key: str, default: float, allowed: tuple[float, float]) -> float:
+    """A time of the policy, which is in milliseconds; 0 and null mean the default. Raises Refused.
+
+    That a time out of bounds is refused, not clamped, is an assumption.
+    """
+    value = policy.get(key)
+    if not value:
+        return default
+    low, high = allowed
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value / 1000 <= high:
+        raise Refused(f"policy.{key} must be milliseconds from {low * 1000:.0f} to {high * 1000:.0f}")
+    return value / 1000
+
+
+def split_chunk(chunk: Any, limit: int) -> list[Any]:
+    """`chunk` in parts of up to `limit` bytes: text between characters, anything else as JSON."""
+    text = chunk if isinstance(chunk, str) else json.dumps(chunk, ensure_ascii=False)
+    data = text.encode("utf-8", "replace")
+    if len(data) <= limit:
+        return [chunk]
+    parts = []
+    start = 0
+    while start < len(data):
+        end = min(start + limit, len(data))
+        while end < len(data) and data[end] & 0xC0 == 0x80:
+            end -= 1
+        parts.append(data[start:end].decode())
+        start = end
+    return parts

@@ -5,15 +5,13 @@ State changes inside calls only; deadlines are applied in `expire()`. Not thread
 
 from __future__ import annotations
 
-import json
 import math
 import time
-import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from local.jobs import Job, Refused, Rules, State
+from local.jobs import Job, Refused, Rules, State, read_job, split_chunk
 
 
 class Queue:
@@ -40,29 +38,14 @@ class Queue:
     # ---- clients ---------------------------------------------------------------------------------------
 
     def submit(self, body: Any, *, sync: bool, workers: int = 1) -> Job:
-        """Queue the job of a request body `{"input": ..., "policy": ..., "webhook": ..., "s3Config": ...}`.
+        """Queue the job of a request body, see `read_job`. Raises Refused.
 
-        workers: how many the endpoint has at most, which limits the queue. Raises Refused.
-        `policy.lowPriority` is accepted and ignored: it only concerns scaling.
+        workers: how many the endpoint has at most, which limits the queue.
         """
-        if not isinstance(body, dict) or "input" not in body:
-            raise Refused('the body must be a JSON object with the key "input"')
-        policy, webhook = body.get("policy") or {}, body.get("webhook")
-        if not isinstance(policy, dict):
-            raise Refused("policy must be an object")
-        if webhook and not (isinstance(webhook, str) and webhook.startswith(("http://", "https://"))):
-            raise Refused("webhook must be an http(s) URL")
-        rules = self.rules
-        timeout = _seconds(policy, "executionTimeout", rules.execution_timeout, rules.execution_timeout_range)
-        ttl = _seconds(policy, "ttl", rules.ttl, rules.ttl_range)
-        if len(self._waiting) > max(50, rules.queue_per_worker * workers):
+        job = read_job(body, self.rules, sync=sync, created=self._clock())
+        if len(self._waiting) > max(50, self.rules.queue_per_worker * workers):
             raise Refused(f"{len(self._waiting)} jobs are waiting", 429)
-        name = f"{'sync-' if sync else ''}{uuid.uuid4()}-u1"
-        # An empty input never arrives on RunPod either: the SDK of a worker that takes single jobs drops
-        # such a job, and it fails after its retries (observed).
-        payload = {key: body[key] for key in ("input", "webhook", "s3Config") if body.get(key)}
-        job = Job(name, {"id": name} | payload, sync, self._clock(), timeout, ttl)
-        self.jobs[name] = self._waiting[name] = job
+        self.jobs[job.id] = self._waiting[job.id] = job
         self._dispatch()
         return job
 
@@ -156,7 +139,7 @@ class Queue:
         """Append a chunk for /stream. Raises Refused without a lease."""
         job = self._reported(worker, name)
         if job.state is State.IN_PROGRESS:
-            job.chunks.extend(_split(chunk, self.rules.chunk_bytes))
+            job.chunks.extend(split_chunk(chunk, self.rules.chunk_bytes))
             job.changed()
 
     def report(self, worker: str, name: str, report: dict[str, Any]) -> None:
@@ -274,34 +257,3 @@ class Queue:
     def _send_stops(self, worker: str) -> None:
         if self._stops.get(worker) and worker in self._stop_polls:
             self._stop_polls.pop(worker)(self._stops.pop(worker))
-
-
-def _seconds(policy: dict[str, Any], key: str, default: float, allowed: tuple[float, float]) -> float:
-    """A time of the policy, which is in milliseconds; 0 and null mean the default. Raises Refused.
-
-    That a time out of bounds is refused, not clamped, is an assumption.
-    """
-    value = policy.get(key)
-    if not value:
-        return default
-    low, high = allowed
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value / 1000 <= high:
-        raise Refused(f"policy.{key} must be milliseconds from {low * 1000:.0f} to {high * 1000:.0f}")
-    return value / 1000
-
-
-def _split(chunk: Any, limit: int) -> list[Any]:
-    """`chunk` in parts of up to `limit` bytes: text between characters, anything else as JSON."""
-    text = chunk if isinstance(chunk, str) else json.dumps(chunk, ensure_ascii=False)
-    data = text.encode("utf-8", "replace")
-    if len(data) <= limit:
-        return [chunk]
-    parts = []
-    start = 0
-    while start < len(data):
-        end = min(start + limit, len(data))
-        while end < len(data) and data[end] & 0xC0 == 0x80:
-            end -= 1
-        parts.append(data[start:end].decode())
-        start = end
-    return parts

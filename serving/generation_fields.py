@@ -11,6 +11,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from shared.errors import invalid
+from shared.openai import Usage
+from shared.settings import WorkerSettings
 
 # ---- served --------------------------------------------------------------------------------------------
 
@@ -38,6 +40,35 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=1000)]
 TOP_K = "Sample from this many of the most likely tokens; 0: from all"
 MIN_P = "Minimum probability of a token, as a share of the most likely token's"
 TOP_P = "Nucleus sampling: probability mass of the tokens to sample from"
+
+
+class GenerationSettings(WorkerSettings):
+    """Settings of the workers whose engine is serving.continuous_batching."""
+
+    streaming: bool = Field(
+        True, description="Run as a generator, which can stream; false: complete answers only"
+    )
+    max_model_len: int | None = Field(
+        None,
+        ge=16,
+        description="Maximum tokens of a prompt with its output; at most and by default the model's own",
+    )
+    max_batch_size: int = Field(64, ge=1, le=1024, description="Maximum number of sequences in a batch")
+    max_batch_tokens: int | None = Field(
+        None, ge=16, description="Maximum tokens in the KV cache; unset: what fits the GPU's free memory"
+    )
+
+
+class GenerationResponse(BaseModel):
+    """The answer of a worker's own route."""
+
+    response: str = Field(description="The generated text, without the prompt")
+    finish_reason: str = Field(
+        description="`stop`: end-of-sequence token or stop string; `length`: `max_tokens` reached"
+    )
+    usage: Usage
+    model: str = Field(description="Name of the model, SERVED_MODEL_NAME or MODEL_NAME")
+    revision: str | None = Field(description="Commit of the model, where known")
 
 
 class SamplingFields(BaseModel):

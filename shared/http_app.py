@@ -63,19 +63,19 @@ def make_app(
         admission.check()  # takes no slot: a worker under load still lists what it serves
         job = handler.begin({"id": "models", "input": None}, transport="http")
         try:
-            asked = validate(handler.routes[MODELS], {})
-            answer: dict[str, Any] = (await to_plain(await handler.work(asked, job)))[0]
+            answer = await handler.work(validate(handler.routes[MODELS], {}), job)
+            listed: dict[str, Any] = (await to_plain(answer))[0]
         except Exception as error:
             raise handler.explain(error)[0] from None
-        return answer
+        return listed
 
     async def list_models(request: Request) -> Response:
         return JSONResponse(await listed_models(request))
 
     async def retrieve_model(name: str, request: Request) -> Response:
         models = (await listed_models(request))["data"]
-        if found := next((model for model in models if model["id"] == name), None):
-            return JSONResponse(found)
+        if model := next((each for each in models if each["id"] == name), None):
+            return JSONResponse(model)
         names = ", ".join(model["id"] for model in models)
         message = f"model: {name[:200]!r} is not served here. Use {names}."
         raise JobError(message, param="model", code="model_not_found")
@@ -137,9 +137,9 @@ def make_app(
 
 
 def _not_served(request: Request, handler: JobHandler, code: str) -> JobError:
-    asked = f"{request.method} {request.url.path[:200]}"
+    route = f"{request.method} {request.url.path[:200]}"
     served = ", ".join([*handler.routes, NATIVE])
-    return JobError(f"{asked} is not served here. There are: {served}.", code=code)
+    return JobError(f"{route} is not served here. There are: {served}.", code=code)
 
 
 def _with_schemas(

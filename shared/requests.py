@@ -106,7 +106,7 @@ def validate(model: type[BaseModel], payload: dict[str, Any], *, strict: bool | 
 
 
 def as_list(value: Any) -> Any:
-    """For a BeforeValidator: a lone text as a list of it, null as an empty list."""
+    """For a BeforeValidator: a single text as a list of it, null as an empty list."""
     return [] if value is None else [value] if isinstance(value, str) else value
 
 

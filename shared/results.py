@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel
 from pydantic_core import PydanticSerializationError, from_json, to_json, to_jsonable_python
 
 from shared.errors import JobError, not_finite, replace_lone_surrogates
 from shared.logs import log
 
+T = TypeVar("T")
+_PART = 256  # items of a list that are dumped at a time
 _BUCKET = ("BUCKET_ENDPOINT_URL", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY")
 
 
@@ -28,6 +31,10 @@ class Result(dict[str, Any]):
         return f"<result of {self.size} bytes>"
 
 
+class PlainList(list[T]):
+    """Objects that JSON has a form for, and nothing else: a long one in an answer is not copied."""
+
+
 @dataclass(frozen=True, slots=True)
 class Media:
     """An answer, or a part of one, that HTTP sends as it is. data: bytes of the type `media_type`."""
@@ -40,12 +47,11 @@ async def to_plain(result: Any) -> tuple[Any, bytes]:
     """`result` as plain objects and as JSON: models dumped, numpy arrays and scalars as lists and numbers.
 
     Raises JobError(type="server_error") for a value that JSON has no form for: NaN, infinities, bytes that
-    are not UTF-8, objects. Each of the two passes blocks the event loop, for about 25 ms with 9 MB of floats.
+    are not UTF-8, objects. Writing the JSON blocks the event loop, for about 25 ms with 9 MB of floats.
     """
     try:
         # The objects first: a model's own JSON has null for NaN, and the plain objects' has NaN.
-        content = to_jsonable_python(result, fallback=_numpy)
-        await asyncio.sleep(0)
+        content = await _plain_objects(result)
         try:
             data = to_json(content)
         except PydanticSerializationError:  # a lone surrogate
@@ -57,6 +63,44 @@ async def to_plain(result: Any) -> tuple[Any, bytes]:
     if b"NaN" in data or b"Infinity" in data:  # perhaps only within a string
         json.loads(data, parse_constant=_refuse_constant)
     return content, data
+
+
+async def _plain_objects(result: Any) -> Any:
+    """`result` dumped; long lists, which come last, in parts between which the event loop runs."""
+    lists = list(_long_lists(result, ()))
+    exclude: dict[Any, Any] = {}
+    for path, _ in lists:
+        inner = exclude
+        for key in path[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[path[-1]] = True
+    content = to_jsonable_python(result, exclude=exclude or None, fallback=_numpy)
+    for path, items in lists:
+        owner = content
+        for key in path[:-1]:
+            owner = owner[key]
+        if isinstance(items, PlainList):
+            owner[path[-1]] = items
+            continue
+        owner[path[-1]] = plain = []
+        for start in range(0, len(items), _PART):
+            await asyncio.sleep(0)
+            plain += to_jsonable_python(items[start : start + _PART], fallback=_numpy)
+    return content
+
+
+def _long_lists(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], list[Any]]]:
+    """The lists of more than _PART items in models, and the field names and indices that lead to each."""
+    if isinstance(value, BaseModel):
+        for name, field in vars(value).items():
+            if isinstance(field, list) and len(field) > _PART:
+                yield (*path, name), field
+            else:
+                yield from _long_lists(field, (*path, name))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            if isinstance(item, BaseModel):
+                yield from _long_lists(item, (*path, index))
 
 
 def _numpy(value: Any) -> Any:

@@ -8,8 +8,9 @@ import json
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -137,17 +138,22 @@ def one_torch_thread() -> Iterator[None]:
 
 @contextmanager
 def longest_stall() -> Iterator[list[float]]:
-    """Inside a running event loop: `[seconds]`, the longest time that the loop was blocked for."""
-    stalls, last = [0.0], time.perf_counter()
+    """Inside a running event loop: `[seconds]`, the longest time that the loop was blocked for.
+
+    Time in which a thread of this process waited for a core does not count: other processes had it.
+    """
+    stalls, last_delay, last = [0.0], _run_delay(), time.perf_counter()
 
     def measure() -> None:
-        nonlocal last
-        now = time.perf_counter()
-        stalls[0], last = max(stalls[0], now - last - 0.005), now
+        nonlocal last, last_delay
+        now, delay = time.perf_counter(), _run_delay()
+        stalls[0] = max(stalls[0], now - last - 0.01 - max(0.0, delay - last_delay))
+        # Read anew, in the other order: a wait between the two readings must not count as a stall.
+        last_delay, last = _run_delay(), time.perf_counter()
 
     async def tick() -> None:
         while True:
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.01)
             measure()
 
     task = asyncio.ensure_future(tick())
@@ -169,3 +175,12 @@ async def least_stall(work: Callable[[], Awaitable[Any]], limit: float = 0.1) ->
             await work()
         stalls += stall
     return min(stalls)
+
+
+def _run_delay() -> float:
+    """Seconds that this process' threads have been ready to run without a core; 0 where Linux is not."""
+    delay = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError):  # the thread has ended
+            delay += int(path.read_text().split()[1])
+    return delay / 1e9

@@ -10,7 +10,7 @@ batch (`supports_joining_batches`); with any other model the waiting sequences r
 `model.generate`, from start to end.
 
 Each sequence has its own sampling params, random numbers, end and stop strings. In float32 it gets the tokens
-that it would get alone; in bfloat16 and float16 a batch may round otherwise than a lone sequence.
+that it would get alone; in bfloat16 and float16 a batch may round otherwise than a sequence alone.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Generator(DecodeLoop[TextSequence]):
     """Answers prompts with a decoder model of transformers, many at a time.
 
     max_batch_size: the most sequences that are decoded at a time. max_cache_tokens: the most tokens in the KV
-    cache, padding and tokens still to come included; None: see `cache_budget`. A lone sequence may have more.
+    cache, padding and tokens still to come included; None: see `cache_budget`; one sequence may have more.
     max_model_len: the most tokens of a prompt and its answer; None, or more than it: the model's own limit.
     processor: where it has the chat template in place of the tokenizer. set_adapters: called on the engine's
     thread before the model runs, with the `adapter` of each sequence of the batch.

@@ -74,10 +74,12 @@ def sample_next_tokens(logits: torch.Tensor, sequences: Sequence[ActiveSequence]
     if drawn:
         token_ids[drawn] = _draw(penalised[drawn], [sequences[i] for i in drawn])
     token_ids = token_ids.masked_fill(~best.isfinite(), NO_TOKEN)
-    asked = [i for i, one in enumerate(sequences) if one.params.logprobs is not None and not one.finished]
-    if asked:
-        logprobs = logits[asked].float().log_softmax(dim=-1)  # (asked, vocab)
-        _append_logprobs(logprobs, token_ids[asked], [sequences[i] for i in asked])
+    with_logprobs = [
+        i for i, one in enumerate(sequences) if one.params.logprobs is not None and not one.finished
+    ]
+    if with_logprobs:
+        logprobs = logits[with_logprobs].float().log_softmax(dim=-1)  # (with_logprobs, vocab)
+        _append_logprobs(logprobs, token_ids[with_logprobs], [sequences[i] for i in with_logprobs])
     return token_ids.tolist()  # type: ignore[no-any-return]
 
 
@@ -111,15 +113,15 @@ def _draw(logits: torch.Tensor, sequences: Sequence[ActiveSequence]) -> torch.Te
 
 def _apply_bias(logits: torch.Tensor, sequences: Sequence[ActiveSequence]) -> torch.Tensor:
     """`logits`, (batch, vocab), with each sequence's logit_bias, and no end token before its min_tokens."""
-    asked = [
+    biased = [
         i
         for i, one in enumerate(sequences)
         if one.params.logit_bias or len(one.token_ids) < one.params.min_tokens
     ]
-    if not asked:
+    if not biased:
         return logits
     result = logits.float().clone()
-    for i in asked:
+    for i in biased:
         one = sequences[i]
         if one.params.logit_bias:
             token_ids, bias = zip(*one.params.logit_bias, strict=True)
@@ -134,16 +136,18 @@ def _apply_output_penalties(logits: torch.Tensor, sequences: Sequence[ActiveSequ
 
     The formula is OpenAI's: minus count * frequency_penalty, minus presence_penalty where the count is not 0.
     """
-    asked = [
+    penalised = [
         i for i, one in enumerate(sequences) if one.params.frequency_penalty or one.params.presence_penalty
     ]
-    if not asked:
+    if not penalised:
         return logits
-    counts = torch.stack([_output_counts(sequences[i], logits) for i in asked])  # (asked, vocab)
-    penalties = [(sequences[i].params.frequency_penalty, sequences[i].params.presence_penalty) for i in asked]
-    frequency, presence = torch.tensor(penalties, device=logits.device).split(1, dim=1)  # (asked, 1) each
+    counts = torch.stack([_output_counts(sequences[i], logits) for i in penalised])  # (penalised, vocab)
+    penalties = [
+        (sequences[i].params.frequency_penalty, sequences[i].params.presence_penalty) for i in penalised
+    ]
+    frequency, presence = torch.tensor(penalties, device=logits.device).split(1, dim=1)  # (penalised, 1) each
     result = logits.float().clone()
-    result[asked] -= frequency * counts + presence * (counts > 0)
+    result[penalised] -= frequency * counts + presence * (counts > 0)
     return result
 
 
@@ -164,16 +168,16 @@ def _apply_repetition_penalty(logits: torch.Tensor, sequences: Sequence[ActiveSe
 
     The formula is transformers' RepetitionPenaltyLogitsProcessor's: logits / penalty, or times it below 0.
     """
-    asked = [i for i, one in enumerate(sequences) if (one.params.repetition_penalty or 1.0) != 1.0]
-    if not asked:
+    penalised = [i for i, one in enumerate(sequences) if (one.params.repetition_penalty or 1.0) != 1.0]
+    if not penalised:
         return logits
-    seen = torch.stack([_seen_tokens(sequences[i], logits) for i in asked])  # (asked, vocab), bool
-    penalties = [[sequences[i].params.repetition_penalty] for i in asked]
-    penalty = torch.tensor(penalties, device=logits.device)  # (asked, 1)
-    plain = logits[asked].float()  # (asked, vocab)
+    seen = torch.stack([_seen_tokens(sequences[i], logits) for i in penalised])  # (penalised, vocab), bool
+    penalties = [[sequences[i].params.repetition_penalty] for i in penalised]
+    penalty = torch.tensor(penalties, device=logits.device)  # (penalised, 1)
+    plain = logits[penalised].float()  # (penalised, vocab)
     lowered = torch.where(plain < 0, plain * penalty, plain / penalty)
     result = logits.float().clone()
-    result[asked] = torch.where(seen, lowered, plain)
+    result[penalised] = torch.where(seen, lowered, plain)
     return result
 
 

@@ -18,8 +18,8 @@ class ActiveSequence:
 
     prompt_ids: (prompt,), the token ids that the repetition penalty counts as seen from the start.
     end_token_ids: those that end the answer. loop: the event loop of the job. updates: read there. finished:
-    ended, failed, or not waited for any more. seen_tokens: (vocab,), bool, once a repetition penalty has
-    asked for it. output_counts: (vocab,), once a frequency or presence penalty has.
+    ended, failed, or not waited for any more. seen_tokens: (vocab,), bool, set by the first repetition
+    penalty. output_counts: (vocab,), once a frequency or presence penalty has.
     """
 
     params: SamplingParams

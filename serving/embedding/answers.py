@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from serving.embedding.schemas import (
     Embedding,
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from serving.embedding.encoder import Encoder
 
 
+class Prompt(NamedTuple):
+    """What is put before each text. param: the field of the request that it came in, for errors."""
+
+    text: str
+    param: str = "prompt"
+
+
 async def embed(
-    request: EmbedRequest,
-    job: Job,
-    encoder: Encoder,
-    *,
-    prompt: str,
-    prompt_param: str = "prompt",
-    model: str,
-    revision: str | None,
+    request: EmbedRequest, job: Job, encoder: Encoder, prompt: Prompt, *, model: str, revision: str | None
 ) -> EmbedResponse:
-    """prompt: put before each text; it came in the field `prompt_param`.
+    """The answer of an embedding worker's own route.
 
     Raises JobError: code "empty" for a request without a text, "result_too_large", and as `Encoder.tokenize`
     and `Encoder.encode` do.
@@ -47,7 +47,6 @@ async def embed(
         inputs,
         param="texts" if request.texts else "text",
         prompt=prompt,
-        prompt_param=prompt_param,
         truncate=request.truncate,
         batch_size=request.batch_size,
         normalize=request.normalize,
@@ -68,9 +67,8 @@ async def embed_openai(
     request: EmbeddingsRequest,
     job: Job,
     encoder: Encoder,
+    prompt: Prompt,
     *,
-    prompt: str,
-    prompt_param: str = "input",
     model: str,
     accept_token_ids: bool,
 ) -> EmbeddingsResponse:
@@ -87,9 +85,7 @@ async def embed_openai(
             "the model's own ids set ACCEPT_TOKEN_IDS=true on the endpoint.",
             "unsupported",
         )
-    vectors, _, usage = await _embed(
-        request, job, encoder, request.input, param="input", prompt=prompt, prompt_param=prompt_param
-    )
+    vectors, _, usage = await _embed(request, job, encoder, request.input, param="input", prompt=prompt)
     numbered: Iterable[tuple[int, list[float] | str]] = enumerate(vectors)
     return EmbeddingsResponse.model_construct(
         data=[Embedding.model_construct(index=index, embedding=vector) for index, vector in numbered],
@@ -105,8 +101,7 @@ async def _embed(
     inputs: Sequence[str] | Sequence[list[int]],
     *,
     param: str,
-    prompt: str,
-    prompt_param: str,
+    prompt: Prompt,
     truncate: bool = True,
     batch_size: int | None = None,
     normalize: bool = True,
@@ -119,7 +114,12 @@ async def _embed(
     if dimensions > encoder.dimensions:
         raise invalid("dimensions", f"{dimensions}, and the model has {encoder.dimensions}.")
     texts = await asyncio.to_thread(
-        encoder.tokenize, inputs, prompt=prompt, truncate=truncate, param=param, prompt_param=prompt_param
+        encoder.tokenize,
+        inputs,
+        prompt=prompt.text,
+        truncate=truncate,
+        param=param,
+        prompt_param=prompt.param,
     )
     vectors = await encoder.embed(
         texts,

@@ -46,7 +46,7 @@ def too_long(param: str, length: int, limit: int, what: str = "text") -> JobErro
 
 
 def param_of(param: str, number: int, count: int) -> str:
-    """The name of one of `count` inputs that came in the field `param`: `texts.3`; of a lone one `text`."""
+    """The name of one of `count` inputs that came in the field `param`: `texts.3`; of a single one `text`."""
     return f"{param}.{number}" if count > 1 else param
 
 
@@ -79,6 +79,6 @@ def pad(sequences: Sequence[Sequence[int]], *, value: int, left: bool) -> tuple[
     return ids, mask
 
 
-def batch_tokens(device: torch.device, asked: int | None) -> int:
-    """Tokens in one padded batch: as asked, or what suits the device."""
-    return asked or (CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS)
+def batch_tokens(device: torch.device, limit: int | None) -> int:
+    """Tokens in one padded batch: `limit`, or what suits the device."""
+    return limit or (CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS)

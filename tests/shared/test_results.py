@@ -34,6 +34,10 @@ class Answer(BaseModel):
     vectors: list[list[float]]
 
 
+class Answers(BaseModel):
+    answers: list[Answer]
+
+
 def returning(value: Any, max_result_mb: float = 10) -> JobHandler:
     @job_handler(Anything)
     async def handler(request: Anything, job: Job) -> Any:
@@ -55,6 +59,7 @@ def returning(value: Any, max_result_mb: float = 10) -> JobHandler:
         ),
         (Answer(vectors=[[0.5]]), {"vectors": [[0.5]]}),
         ({"a": [Answer(vectors=[])]}, {"a": [{"vectors": []}]}),
+        (Answers(answers=[Answer(vectors=[[1.0]] * 700)]), {"answers": [{"vectors": [[1.0]] * 700}]}),
         ({"a": (1, 2), "b": {3}, "c": b"bytes", 4: None}, {"a": [1, 2], "b": [3], "c": "bytes", "4": None}),
         ({"text": "a\ud83d", "more": "😀", "n": 10**70}, {"text": "a\ufffd", "more": "😀", "n": 10**70}),
         ({"text": "NaN, -Infinity"}, {"text": "NaN, -Infinity"}),

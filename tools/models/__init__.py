@@ -74,43 +74,22 @@ def tgi_launcher(folder: Path) -> None:
     program.chmod(0o755)
 
 
+def _served(folder: str, make: Callable[[Path], object], name: str) -> Callable[[], dict[str, str]]:
+    return lambda: {"MODEL_NAME": str(made(folder, make)), "SERVED_MODEL_NAME": name}
+
+
 # The variables of each worker that give it its model.
 LOCAL: dict[str, Callable[[], dict[str, str]]] = {
-    "bge": lambda: {
-        "MODEL_NAME": str(made("bge", tiny_retrieval.tiny_bge)),
-        "SERVED_MODEL_NAME": "tiny-random/bge-small-en",
-    },
-    "florence2": lambda: {
-        "MODEL_NAME": str(made("florence2", tiny_florence2.make)),
-        "SERVED_MODEL_NAME": "tiny/Florence-2",
-    },
-    "huggingface": lambda: {
-        "MODEL_NAME": str(made("huggingface", tiny_causal.make)),
-        "SERVED_MODEL_NAME": "tiny-random/llama",
-    },
-    "llava": lambda: {
-        "MODEL_NAME": str(made("llava", tiny_llava.make)),
-        "SERVED_MODEL_NAME": "tiny/llava",
-    },
-    "vllm": lambda: {
-        "MODEL_NAME": str(made("engines", tiny_causal.make_for_engines)),
-        "SERVED_MODEL_NAME": "tiny-random/llama",
-    },
+    "bge": _served("bge", tiny_retrieval.tiny_bge, "tiny-random/bge-small-en"),
+    "florence2": _served("florence2", tiny_florence2.make, "tiny/Florence-2"),
+    "huggingface": _served("huggingface", tiny_causal.make, "tiny-random/llama"),
+    "llava": _served("llava", tiny_llava.make, "tiny/llava"),
+    "vllm": _served("engines", tiny_causal.make_for_engines, "tiny-random/llama"),
     "sentence-transformers": lambda: {"MODEL_NAME": str(minilm()), "SERVED_MODEL_NAME": "all-MiniLM-L6-v2"},
-    "tgi": lambda: {
-        "MODEL_NAME": str(made("huggingface", tiny_causal.make)),
-        "SERVED_MODEL_NAME": "stand-in/no-model",
-    },
-    "whisper": lambda: {
-        "MODEL_NAME": str(made("whisper", tiny_whisper.make)),
-        "SERVED_MODEL_NAME": "tiny/whisper",
-    },
-    "xtts": lambda: {
-        "MODEL_NAME": str(made("xtts", tiny_xtts.make)),
-        "SERVED_MODEL_NAME": "tiny-random/xtts",
-        # Nobody's weights but the project's own are loaded.
-        "COQUI_TOS_AGREED": "1",
-    },
+    "tgi": _served("huggingface", tiny_causal.make, "stand-in/no-model"),
+    "whisper": _served("whisper", tiny_whisper.make, "tiny/whisper"),
+    # Nobody's weights but the project's own are loaded.
+    "xtts": lambda: {**_served("xtts", tiny_xtts.make, "tiny-random/xtts")(), "COQUI_TOS_AGREED": "1"},
 }
 
 NOTES = {

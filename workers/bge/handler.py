@@ -26,24 +26,25 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from serving.embedding import answers
-from serving.embedding.schemas import EmbeddingsResponse, Usage
+from serving.embedding.schemas import Usage
 from shared import prewarm, startup
 from shared.errors import JobError
 from shared.jobs import Job, job_handler
-from shared.openai import ModelList, ModelsRequest, check_model, model_list
+from shared.openai import ModelsRequest, check_model, model_list
 from shared.settings import read_settings
 
 from .families import choose_prompts, find_family, is_cross_encoder, set_pooling
 from .schemas import (
+    ROUTES,
+    Answer,
     CohereRerankRequest,
     CohereRerankResponse,
     OpenAIRerankRequest,
     PromptFields,
-    RankedDocument,
     RerankFields,
     RerankRequest,
     RerankResponse,
-    RetrievalEmbeddingsRequest,
+    RetrievalCall,
     RetrievalRequest,
     RetrievalResponse,
     Settings,
@@ -117,24 +118,8 @@ def load(settings: Settings) -> Engine:
 # ---- handle --------------------------------------------------------------------------------------------
 
 
-@job_handler(
-    RetrievalRequest,
-    RerankRequest,
-    routes={
-        "/v1/embeddings": RetrievalEmbeddingsRequest,
-        "/v1/rerank": OpenAIRerankRequest,
-        "/v2/rerank": CohereRerankRequest,
-        "/v1/models": ModelsRequest,
-    },
-)
-async def handler(
-    request: RetrievalRequest
-    | RerankRequest
-    | RetrievalEmbeddingsRequest
-    | OpenAIRerankRequest
-    | ModelsRequest,
-    job: Job,
-) -> RetrievalResponse | EmbeddingsResponse | RerankResponse | ModelList:
+@job_handler(RetrievalRequest, RerankRequest, routes=ROUTES)
+async def handler(request: RetrievalCall, job: Job) -> Answer:
     if isinstance(request, ModelsRequest):
         return model_list(engine.name)
     if isinstance(request, RetrievalRequest):
@@ -147,56 +132,40 @@ async def handler(
         return CohereRerankResponse(**dict(ranked), id=job.id, meta={"api_version": {"version": "2"}})
     if isinstance(request, OpenAIRerankRequest):
         return await rerank(request)
-    prompt, param = prompt_for(request)
     return await answers.embed_openai(
         request,
         job,
         engine.encoder,
-        prompt=prompt,
-        prompt_param=param,
+        choose_prompt(request),
         model=engine.name,
         accept_token_ids=engine.accept_token_ids,
     )
 
 
-def prompt_for(request: PromptFields) -> tuple[str, str]:
-    """The prompt before each text, and the field to name in an error about it."""
+def choose_prompt(request: PromptFields) -> answers.Prompt:
+    """The prompt before each text of a request."""
     if request.instruction is not None:
-        return request.instruction, "instruction"
+        return answers.Prompt(request.instruction, "instruction")
     if isinstance(request, RetrievalRequest) and (request.prompt, request.prompt_name) != (None, None):
         param = "prompt" if request.prompt_name is None else "prompt_name"
-        return engine.encoder.prompt_for(request.prompt, request.prompt_name), param
-    return engine.encoder.prompts[request.input_type], "input_type"
+        return answers.Prompt(engine.encoder.prompt_for(request.prompt, request.prompt_name), param)
+    return answers.Prompt(engine.encoder.prompts[request.input_type], "input_type")
 
 
 async def embed(request: RetrievalRequest, job: Job) -> RetrievalResponse:
-    prompt, param = prompt_for(request)
+    prompt = choose_prompt(request)
     response = await answers.embed(
-        request,
-        job,
-        engine.encoder,
-        prompt=prompt,
-        prompt_param=param,
-        model=engine.name,
-        revision=engine.revision,
+        request, job, engine.encoder, prompt, model=engine.name, revision=engine.revision
     )
-    return RetrievalResponse.model_construct(**dict(response), pooling=engine.pooling, prompt=prompt)
+    return RetrievalResponse.model_construct(**dict(response), pooling=engine.pooling, prompt=prompt.text)
 
 
 async def rerank(request: RerankFields) -> RerankResponse:
     scores = await engine.score(
         request.query, request.texts, truncate=request.truncate, raw_scores=request.raw_scores
     )
-    order = sorted(range(len(scores.values)), key=lambda index: -scores.values[index])
     return RerankResponse(
-        results=[
-            RankedDocument(
-                index=index,
-                relevance_score=scores.values[index],
-                document=request.document(index) if request.return_documents else None,
-            )
-            for index in order[: request.top_n]
-        ],
+        results=request.rank(scores.values),
         model=engine.name,
         revision=engine.revision,
         method="cosine" if engine.embedder else "cross-encoder",
@@ -213,7 +182,7 @@ def prepare() -> Settings:
     settings = read_settings(Settings)
     engine = load(settings)
     if settings.prewarm:
-        # A lone short text, and a batch of texts of the length that most models take.
+        # A short text, and a batch of texts of the length that most models take.
         texts = ["warm"], ["warm " * 600] * 4
         if engine.embedder:
             prewarm.run(handler, [{"texts": batch} for batch in texts])

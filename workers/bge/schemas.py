@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
@@ -10,11 +11,12 @@ from serving.embedding.schemas import (
     MAX_INPUTS,
     EmbeddingSettings,
     EmbeddingsRequest,
+    EmbeddingsResponse,
     EmbedRequest,
     EmbedResponse,
     Usage,
 )
-from shared.openai import OpenAIRequest
+from shared.openai import ModelList, ModelsRequest, OpenAIRequest
 from shared.requests import Request
 
 
@@ -81,8 +83,17 @@ class RerankFields(BaseModel):
         """The documents' texts."""
         return [document if isinstance(document, str) else document["text"] for document in self.documents]
 
-    def document(self, index: int) -> dict[str, Any]:
-        """One of the documents, as an object."""
+    def rank(self, scores: Sequence[float]) -> list[RankedDocument]:
+        """The best `top_n` documents, the best first. scores: one for each document."""
+        order = sorted(range(len(scores)), key=lambda index: -scores[index])[: self.top_n]
+        return [
+            RankedDocument(index=index, relevance_score=scores[index], document=self._returned(index))
+            for index in order
+        ]
+
+    def _returned(self, index: int) -> dict[str, Any] | None:
+        if not self.return_documents:
+            return None
         document = self.documents[index]
         return {"text": document} if isinstance(document, str) else document
 
@@ -124,3 +135,15 @@ class CohereRerankResponse(RerankResponse):
 
     id: str = Field(description="The id of the job or request")
     meta: dict[str, Any] = Field(description="The version of the API")
+
+
+RetrievalCall = (
+    RetrievalRequest | RerankRequest | RetrievalEmbeddingsRequest | OpenAIRerankRequest | ModelsRequest
+)
+Answer = RetrievalResponse | EmbeddingsResponse | RerankResponse | ModelList
+ROUTES: dict[str, type[BaseModel]] = {
+    "/v1/embeddings": RetrievalEmbeddingsRequest,
+    "/v1/rerank": OpenAIRerankRequest,
+    "/v2/rerank": CohereRerankRequest,
+    "/v1/models": ModelsRequest,
+}

@@ -148,7 +148,7 @@ def prepare() -> Settings:
 
         from serving.image import encode_image
 
-        # A lone answer, and a batch of several images and tasks.
+        # One answer, and a batch of several images and tasks.
         image = encode_image(Image.new("RGB", (768, 768), "gray"))
         several = {"images": [image] * 4, "tasks": ["OCR", "CAPTION", "OD"], "max_tokens": 8}
         prewarm.run(handler, [{"image": image, "max_tokens": 8}, several])

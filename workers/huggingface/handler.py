@@ -26,12 +26,11 @@ from typing import TYPE_CHECKING, Any
 
 from serving.streaming import merge_streams, relay
 from shared import prewarm, startup
-from shared.errors import StartError
 from shared.jobs import Job, job_handler
 from shared.openai import ModelsRequest, model_list, usage
 from shared.settings import read_settings
-from shared.volume import ModelPath
 
+from .adapters import resolve_adapters
 from .checks import pick_adapter, refuse_unsupported
 from .responses import LogprobReader, Writer, writer_for
 from .schemas import (
@@ -42,7 +41,6 @@ from .schemas import (
     GenerateRequest,
     GenerationRequest,
     Settings,
-    adapter_sources,
 )
 
 if TYPE_CHECKING:
@@ -112,20 +110,6 @@ def load(settings: Settings) -> Engine:
         revision=model_path.revision,
         adapters=tuple(adapters),
     )
-
-
-def resolve_adapters(settings: Settings) -> dict[str, ModelPath]:
-    """The folder of each adapter that LORA names."""
-    folders = {}
-    for name, (source, revision) in adapter_sources(settings.lora).items():
-        if name.casefold() in {served.casefold() for served in (settings.public_name, settings.model_name)}:
-            raise StartError(f"LORA: {name} is the model's own name. Choose another.", code="bad_setting")
-        try:
-            folders[name] = startup.resolve(settings.model_copy(update={"model_revision": revision}), source)
-        except StartError as cause:
-            message = cause.message.removeprefix("MODEL_NAME=")
-            raise StartError(f"LORA, {name}: {message}", code=cause.code) from None
-    return folders
 
 
 # ---- handle --------------------------------------------------------------------------------------------

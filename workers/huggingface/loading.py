@@ -36,7 +36,7 @@ def load_model(
 
     name: the model's name, for error messages. device, dtype: as in `pick_device`. device_map: transformers'
     own, in place of `device`. quantization: see `quantization_config`.
-    Raises StartError for a cause that a new attempt does not mend.
+    Raises StartError for a cause that a new attempt does not change.
     """
     chosen, torch_dtype = pick_device(device, dtype)
     hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}

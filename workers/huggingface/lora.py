@@ -1,8 +1,9 @@
 """LoRA adapters beside the model's weights: each sequence of a batch has its own adapter, or none.
 
 peft's layers run mixed batches: they take `adapter_names`, one for each sequence, `__base__` for no adapter.
-PeftModel.forward hands the names to them through hooks that it registers and removes at every pass; here the
-hooks are registered once, so that the model keeps its own class and a decode step its speed.
+PeftModel.forward passes the names to them through hooks that it registers and removes at every pass; here the
+hooks are registered once, so that the model keeps its own class and a decode step its speed. In a pass whose
+sequences all use no adapter, the model has its own layers in place of peft's.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from shared.errors import StartError
 SetAdapters = Callable[[list[str | None]], None]
 
 BASE = "__base__"  # peft's name for no adapter
+_PEFT_LAYERS = (LoraLayer, ModulesToSaveWrapper)
 # Settings of an adapter that peft cannot apply to some sequences of a batch only.
 _NOT_MIXABLE = (
     "use_dora",
@@ -88,13 +90,31 @@ def _mix_adapters(model: PreTrainedModel, peft_names: Mapping[str, str]) -> SetA
             names = [name if name in module.modules_to_save else BASE for name in names]
         return args, {**kwargs, "adapter_names": names}
 
-    hooked: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer | ModulesToSaveWrapper)]
-    for module in hooked:
-        module.register_forward_pre_hook(pass_names, with_kwargs=True)
-        if isinstance(module, ModulesToSaveWrapper):  # bypassed while its active adapter is not its own
-            module.set_adapter(next(iter(module.modules_to_save)), inference_mode=True)
+    layers: list[tuple[Any, str, Any, Any]] = [
+        (parent, name, layer, _base_layer(layer))
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if isinstance(layer, _PEFT_LAYERS)
+    ]
+    for _, _, layer, _ in layers:
+        layer.register_forward_pre_hook(pass_names, with_kwargs=True)
+        if isinstance(layer, ModulesToSaveWrapper):  # bypassed while its active adapter is not its own
+            layer.set_adapter(next(iter(layer.modules_to_save)), inference_mode=True)
+    has_peft_layers = True
 
     def set_adapters(names: list[str | None]) -> None:
+        nonlocal has_peft_layers
         current[:] = [BASE if name is None else peft_names[name] for name in names]
+        if has_peft_layers != any(names):
+            has_peft_layers = not has_peft_layers
+            for parent, name, layer, base_layer in layers:
+                setattr(parent, name, layer if has_peft_layers else base_layer)
 
     return set_adapters
+
+
+def _base_layer(layer: Any) -> Any:
+    """The model's own layer, inside one or several of peft's."""
+    while isinstance(layer, _PEFT_LAYERS):
+        layer = layer.base_layer if isinstance(layer, LoraLayer) else layer.original_module
+    return layer

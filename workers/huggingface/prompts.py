@@ -31,7 +31,7 @@ from .schemas import (
 
 @dataclass(frozen=True)
 class Prompts:
-    """The sequences that a request asks for; those of one prompt follow each other.
+    """The sequences of a request; those of one prompt follow each other.
 
     prompt_tokens: of all prompts, each counted once. sequences: model inputs, (1, tokens), and parameters.
     """
@@ -136,7 +136,7 @@ class PromptReader:
 
 
 def num_logprobs(request: GenerationRequest) -> int | None:
-    """How many of the likeliest tokens the request asks for beside each token; None: no log probabilities."""
+    """How many of the likeliest tokens the request wants beside each token; None: no log probabilities."""
     if isinstance(request, GenerateRequest):
         return request.logprobs
     return (request.top_logprobs or 0) if isinstance(request, ChatRequest) and request.logprobs else None

@@ -20,6 +20,7 @@ from serving.openai_chat import (
     chat_completion,
 )
 from shared.openai import DONE, Usage, sse
+from shared.results import PlainList
 
 from .schemas import (
     ChatRequest,
@@ -53,13 +54,13 @@ class LogprobReader:
         self._decode = decode
 
     def read(self, logprobs: Sequence[Logprob]) -> list[TokenLogprob]:
-        return [
+        return PlainList(
             {
                 **self._read_token(entry.token_id, entry.logprob),
                 "top_logprobs": [self._read_token(*top) for top in entry.top],
             }
             for entry in logprobs
-        ]
+        )
 
     def _read_token(self, token_id: int, logprob: float) -> TopLogprob:
         text, utf8 = self._decode(token_id)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from serving.generation_fields import TOP_K, TOP_P, SamplingFields
+from serving.generation_fields import TOP_K, TOP_P, GenerationResponse, GenerationSettings, SamplingFields
 from serving.openai_chat import (
     ADD_GENERATION_PROMPT,
     CONTINUE_FINAL_MESSAGE,
@@ -21,7 +21,9 @@ from serving.openai_chat import (
 from shared.errors import invalid
 from shared.openai import ModelList, ModelsRequest, OpenAIRequest, Usage
 from shared.requests import Request
-from shared.settings import DType, WorkerSettings
+from shared.settings import DType
+
+from .adapters import check_adapters
 
 DEFAULT_MAX_TOKENS = 512
 MAX_SEQUENCES = 128  # prompts times n, of one request
@@ -31,36 +33,9 @@ MAX_CHARACTERS = 4_000_000
 # ---- settings ------------------------------------------------------------------------------------------
 
 
-def adapter_sources(lora: str | None) -> dict[str, tuple[str, str | None]]:
-    """The repository or folder and the revision of each adapter that LORA names."""
-    pairs = (pair.strip().partition("=") for pair in (lora or "").split(",") if pair.strip())
-    return {name.strip(): _split_revision(source.strip()) for name, _, source in pairs}
-
-
-def _split_revision(source: str) -> tuple[str, str | None]:
-    """`repository@revision` in two; a folder's name may hold an @."""
-    if source.startswith(("/", ".", "~")):
-        return source, None
-    repository, _, revision = source.partition("@")
-    return repository, revision or None
-
-
-def _check_adapters(lora: str | None) -> str | None:
-    sources = adapter_sources(lora)
-    pairs = [pair for pair in (lora or "").split(",") if pair.strip()]
-    if len({name.casefold() for name in sources}) < len(pairs):
-        raise ValueError("two adapters have the same name")
-    if not all(name and source for name, (source, _) in sources.items()):
-        raise ValueError("each adapter is name=repository or name=folder, separated by commas")
-    return lora
-
-
-class Settings(WorkerSettings):
+class Settings(GenerationSettings):
     model_name: str = Field(
         "Qwen/Qwen2.5-7B-Instruct", description="Model id on the Hugging Face Hub, or a folder"
-    )
-    streaming: bool = Field(
-        True, description="Run as a generator, which can stream; false: complete answers only"
     )
     torch_dtype: DType | None = Field(None, description="Other name of DTYPE, used where that is auto")
     device_map: str | None = Field(
@@ -71,7 +46,7 @@ class Settings(WorkerSettings):
     quantization: Literal["bitsandbytes-8bit", "bitsandbytes-4bit", "awq", "gptq"] | None = Field(
         None, description="bitsandbytes: quantise on load; awq and gptq: for checkpoints quantised so"
     )
-    lora: Annotated[str | None, AfterValidator(_check_adapters)] = Field(
+    lora: Annotated[str | None, AfterValidator(check_adapters)] = Field(
         None,
         description="LoRA adapters in peft's format, as name=repository, name=repository@revision or "
         "name=folder, separated by commas",
@@ -80,15 +55,6 @@ class Settings(WorkerSettings):
         None,
         pattern=r"^[\w|/@.-]+$",
         description="Attention implementation of transformers, such as sdpa; unset: the model's default",
-    )
-    max_model_len: int | None = Field(
-        None,
-        ge=16,
-        description="Maximum tokens of a prompt with its output; at most and by default the model's own",
-    )
-    max_batch_size: int = Field(64, ge=1, le=1024, description="Maximum number of sequences in a batch")
-    max_batch_tokens: int | None = Field(
-        None, ge=16, description="Maximum tokens in the KV cache; unset: what fits the GPU's free memory"
     )
     gpu_memory_utilization: float = Field(
         0.7, gt=0, le=0.95, description="Share of the memory that is free after loading for the KV cache"
@@ -219,17 +185,11 @@ class Choice(BaseModel):
     logprobs: TokenLogprobs | None = Field(exclude_if=is_none, description="As above")
 
 
-class GenerateResponse(BaseModel):
+class GenerateResponse(GenerationResponse):
     response: str = Field(description="The generated text, without the prompt; with `n` the first")
-    finish_reason: str = Field(
-        description="`stop`: end-of-sequence token or stop string; `length`: `max_tokens` reached"
-    )
-    usage: Usage
-    model: str = Field(description="Name of the model, SERVED_MODEL_NAME or MODEL_NAME")
-    revision: str | None = Field(description="Commit of the model, where known")
     lora: str | None = Field(None, exclude_if=is_none, description="Name of the adapter, where one was used")
     logprobs: TokenLogprobs | None = Field(
-        None, exclude_if=is_none, description="Log probabilities, where `logprobs` asks for them"
+        None, exclude_if=is_none, description="Log probabilities, where `logprobs` is set"
     )
     choices: list[Choice] | None = Field(
         None, exclude_if=is_none, description="All answers, where `n` is more than 1"

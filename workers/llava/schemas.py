@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
-from serving.generation_fields import TOP_P, SamplingFields
+from serving.generation_fields import TOP_P, GenerationResponse, GenerationSettings, SamplingFields
 from serving.openai_chat import (
     ADD_GENERATION_PROMPT,
     CONTINUE_FINAL_MESSAGE,
@@ -15,9 +15,8 @@ from serving.openai_chat import (
     Messages,
 )
 from shared.errors import invalid
-from shared.openai import ModelList, ModelsRequest, Usage
+from shared.openai import ModelList, ModelsRequest
 from shared.requests import Request
-from shared.settings import WorkerSettings
 
 DEFAULT_MAX_TOKENS = 512
 DEFAULT_PROMPT = "Describe this image."
@@ -28,22 +27,11 @@ UNSERVED_HERE: dict[str, Any] = {
 """Fields that are refused beside UNSERVED, as there, on the OpenAI route."""
 
 
-class Settings(WorkerSettings):
+class Settings(GenerationSettings):
     model_name: str = Field(
         "llava-hf/llava-1.5-7b-hf", description="Model id on the Hugging Face Hub, or a folder"
     )
-    streaming: bool = Field(
-        True, description="Run as a generator, which can stream; false: complete answers only"
-    )
-    max_model_len: int | None = Field(
-        None,
-        ge=16,
-        description="Maximum tokens of a prompt with its output; at most and by default the model's own",
-    )
     max_batch_size: int = Field(32, ge=1, le=1024, description="Maximum number of sequences in a batch")
-    max_batch_tokens: int | None = Field(
-        None, ge=16, description="Maximum tokens in the KV cache; unset: what fits the GPU's free memory"
-    )
 
 
 class PromptFields(Request):
@@ -85,14 +73,8 @@ class LlavaRequest(SamplingFields, PromptFields):
         return self
 
 
-class LlavaResponse(BaseModel):
-    response: str = Field(description="The generated text, without the prompt")
-    finish_reason: str = Field(
-        description="`stop`: end-of-sequence token or stop string; `length`: `max_tokens` reached"
-    )
-    usage: Usage
-    model: str = Field(description="Name of the model, SERVED_MODEL_NAME or MODEL_NAME")
-    revision: str | None = Field(description="Commit of the model, where known")
+class LlavaResponse(GenerationResponse):
+    pass
 
 
 GenerationRequest = LlavaRequest | ChatCompletionRequest

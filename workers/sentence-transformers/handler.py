@@ -76,19 +76,12 @@ async def handler(
         return model_list(engine.name)
     if isinstance(request, EmbeddingsRequest):
         check_model(request.model, *engine.served)
-        prompt = encoder.default_prompt or ""
+        prompt = answers.Prompt(encoder.default_prompt or "", "input")
         return await answers.embed_openai(
-            request,
-            job,
-            encoder,
-            prompt=prompt,
-            model=engine.name,
-            accept_token_ids=engine.accept_token_ids,
+            request, job, encoder, prompt, model=engine.name, accept_token_ids=engine.accept_token_ids
         )
-    prompt = encoder.prompt_for(request.prompt, request.prompt_name)
-    return await answers.embed(
-        request, job, encoder, prompt=prompt, model=engine.name, revision=engine.revision
-    )
+    prompt = answers.Prompt(encoder.prompt_for(request.prompt, request.prompt_name))
+    return await answers.embed(request, job, encoder, prompt, model=engine.name, revision=engine.revision)
 
 
 # ---- start ---------------------------------------------------------------------------------------------

@@ -149,9 +149,9 @@ class GenerateRequest(Request):
         if (self.messages is None) == (self.prompt is None):
             given = "neither is given" if self.prompt is None else "both are given"
             raise invalid("prompt", f"give either messages or prompt; {given}.")
-        asked = {"best_of": (self.best_of or 1) > 1, "decoder_input_details": self.decoder_input_details}
-        for name, is_asked in asked.items():
-            if self.stream and is_asked:
+        unstreamed = {"best_of": (self.best_of or 1) > 1, "decoder_input_details": self.decoder_input_details}
+        for name, is_set in unstreamed.items():
+            if self.stream and is_set:
                 raise invalid(name, "does not go with stream.")
         return self
 
@@ -252,7 +252,7 @@ class GenerateResponse(BaseModel):
         description="`stop`: at its end or a stop text; `length`: at `max_tokens`"
     )
     details: dict[str, Any] = Field(
-        description="TGI's finish_reason, generated_tokens, seed; if asked prefill, tokens, top_tokens"
+        description="TGI's finish_reason, generated_tokens, seed; where requested prefill, tokens, top_tokens"
     )
     usage: Usage
     model: str = Field(description="The model, as MODEL_NAME gives it")

@@ -16,7 +16,7 @@ DITHER = 1e-4  # standard deviation, of full scale
 # The padding is faster-whisper's.
 VAD_OPTIONS = VadOptions(min_silence_duration_ms=400, speech_pad_ms=400)
 VAD_BLOCK = 600 * SAMPLE_RATE  # samples; the detection takes several times their memory
-# The first speech, of which the language is asked: so much speech at least, up to a pause of so long.
+# The first speech, from which the language is detected: so much speech at least, up to a pause of so long.
 FIRST_SPEECH = 3 * SAMPLE_RATE
 FIRST_PAUSE = 1 * SAMPLE_RATE - 2 * int(0.4 * SAMPLE_RATE)  # between spans, which are padded
 
@@ -93,7 +93,7 @@ def chunk_audio(
     """Chunks of at most `max_seconds` to decode, in order, none overlapping the next.
 
     speech: as detected; neighbours come together while they fit. None: all of the audio is split.
-    first_speech_alone: no chunk goes on after the first speech, which says the language.
+    first_speech_alone: the first speech, from which the language is detected, has chunks of its own.
     Chunks without an audible sample are left out.
     """
     max_length = int(max_seconds * SAMPLE_RATE)

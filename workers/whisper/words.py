@@ -1,8 +1,8 @@
 """Words and when they are spoken, by the rules of openai/whisper (timing.py) and faster-whisper.
 
 Attention has nothing to follow in a pause, and so the alignment counts a pause as part of the word or the
-punctuation beside it. Words beside the end of a sentence, or beside a pause that voice activity detection
-found, are cut to lengths that words have.
+punctuation beside it. Words beside the end of a sentence, or beside a pause of voice activity detection,
+are cut to lengths that words have.
 """
 
 from __future__ import annotations

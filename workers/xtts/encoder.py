@@ -13,7 +13,7 @@ _UNKNOWN = 0xFFFFFFFF  # the size of a WAV file that is streamed, as ffmpeg writ
 
 
 class StreamEncoder:
-    """One encoder for a whole answer, which can be read from its first byte on.
+    """One encoder for all of an answer, which can be read from its first byte on.
 
     rate: of the samples, in Hz. format: wav, mp3, opus, flac or pcm. WAV and PCM have 16 bits.
     """

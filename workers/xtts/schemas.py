@@ -147,14 +147,14 @@ class SpeechRequest(OpenAIRequest):
 
 class XttsChunk(BaseModel):
     audio: str = Field(description="Base64: a complete file, or raw samples with pcm")
-    format: Format = Field(description="As asked")
+    format: Format = Field(description="The `response_format` of the request")
     sample_rate: int = Field(description="In Hz")
     index: int = Field(description="Number of the chunk, from 0")
 
 
 class XttsResponse(BaseModel):
     audio: str = Field(description="The speech, mono, as base64; empty at the end of a stream")
-    format: Format = Field(description="As asked")
+    format: Format = Field(description="The `response_format` of the request")
     sample_rate: int = Field(description="In Hz")
     duration: float = Field(description="Seconds of speech")
     seconds: float = Field(description="Seconds that the worker took, with the time in its queue")

@@ -14,6 +14,7 @@ from tests.workers.huggingface.in_process import MESSAGES
 from tools.workers import load_module
 
 schemas = load_module("huggingface", "schemas")
+adapters = load_module("huggingface", "adapters")
 checks = load_module("huggingface", "checks")
 responses = load_module("huggingface", "responses")
 
@@ -75,8 +76,8 @@ def test_openai_fields_that_change_nothing_are_ignored() -> None:
 
 
 def test_sources_of_adapters() -> None:
-    assert schemas.adapter_sources(None) == {}
-    sources = schemas.adapter_sources("a=org/one, b.c = org/two@v1 ,d=/models/x@y,")
+    assert adapters.adapter_sources(None) == {}
+    sources = adapters.adapter_sources("a=org/one, b.c = org/two@v1 ,d=/models/x@y,")
     assert sources == {"a": ("org/one", None), "b.c": ("org/two", "v1"), "d": ("/models/x@y", None)}
 
 
