@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import openai, send, sse_events, stream, until
+from tests.helpers import longest_stall, openai, send, sse_events, stream, until
 from tests.workers.huggingface.in_process import MESSAGES, generated, serving, tokenizer_of
 from tools.models import tiny_causal
 
