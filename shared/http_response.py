@@ -17,7 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from shared import telemetry
 from shared.admission import Admission
-from shared.errors import JobError
+from shared.errors import ENGINE_DIED, JobError
 from shared.http_body import ClientDisconnect, read_fields
 from shared.jobs import Job, JobHandler
 from shared.requests import parse, validate
@@ -118,7 +118,7 @@ class JobResponse(Response):
         except Exception as error:
             problem, replace_worker = self._handler.explain(error)
             if replace_worker:
-                self._admission.close("dead")
+                self._admission.close("dead", problem if problem.code == ENGINE_DIED else None)
             await self._fail(problem)
 
     async def _complete(self, request: BaseModel, job: Job) -> None:
