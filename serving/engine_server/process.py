@@ -14,8 +14,8 @@ request.
 
 Every exit of the child is a crash, whatever its status. Jobs in flight get an error with the code
 `engine_died`, and `on_death` ends the worker, which is then replaced; see `shared.startup.serve`. An engine
-whose health route is silent for `hang_timeout` is killed. One that dies before `prove` has returned is started
-once more, and then given up.
+whose health route is silent for `hang_timeout` is killed. One that dies before `prove` has returned is
+started once more, and then given up.
 
 The child leads a session of its own, so that a SIGTERM to the worker's group does not end it before the SDK
 has drained. The child ends with the worker's process: at exit, or by the reaper if the worker was killed.

@@ -63,7 +63,8 @@ def test_null_is_unset_but_for_what_is_the_clients_own_data(native: bool) -> Non
     schema = {"type": "object", "default": None, "enum": [None, {"a": None}]}
     call = {"id": "1", "function": {"name": "f", "arguments": "{}"}}
     body = {
-        "messages": [*TALK, {"role": "assistant", "tool_calls": [call]}], "stream": True, "stream_options": {},
+        "messages": [*TALK, {"role": "assistant", "tool_calls": [call]}],
+        "stream": True, "stream_options": {},
         "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}],
         "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
         "chat_template_kwargs": {"a": None},
