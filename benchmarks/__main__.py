@@ -14,6 +14,7 @@ NAMES = (
     "retrieval",
     "tgi",
     "vllm",
+    "vllm_http",
     "whisper",
     "xtts",
 )

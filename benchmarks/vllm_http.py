@@ -19,8 +19,8 @@ from typing import Any
 import aiohttp
 import psutil
 
-from benchmarks.harness import texts
-from benchmarks.vllm import ENV, asked, make_paced
+from benchmarks.harness import machine, table, texts, write
+from benchmarks.vllm import ENV, asked, make_paced, versions
 from local import running
 from local.load_balancer import LoadBalancer
 from tools.models import local_env, made, vllm_cpu
@@ -61,21 +61,20 @@ def worker(env: dict[str, str]) -> Iterator[Worker]:
         yield Worker(endpoint)
 
 
-def ask(url: str, prompts: list[str], tokens: int) -> list[tuple[float, float, int]]:
-    """Seconds to the first and the last token of each stream, and its events; all streams begin at once."""
+def ask(url: str, prompts: list[str], tokens: int) -> list[tuple[float, float]]:
+    """Seconds to the first and the last token of each stream; all streams begin at once."""
 
-    async def one(session: aiohttp.ClientSession, prompt: str) -> tuple[float, float, int]:
-        begin, first, last, events = time.monotonic(), 0.0, 0.0, 0
+    async def one(session: aiohttp.ClientSession, prompt: str) -> tuple[float, float]:
+        begin, first, last = time.monotonic(), 0.0, 0.0
         async with session.post(f"{url}/v1/completions", json=asked(prompt, tokens, True)) as response:
             assert response.status == 200, await response.text()
             async for data in response.content.iter_any():
-                if more := data.count(b"data: {"):
-                    events += more
+                if b"data: {" in data:
                     last = time.monotonic() - begin
                     first = first or last
-        return first, last, events
+        return first, last
 
-    async def everything() -> list[tuple[float, float, int]]:
+    async def everything() -> list[tuple[float, float]]:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             async with session.get(f"{url}/v1/models") as response:  # the connection is open before the first
                 await response.read()
@@ -89,10 +88,10 @@ def one_round(worker: Worker, way: str, count: int) -> dict[str, float]:
     before = worker.cpu()
     found = ask(worker.urls[way], texts(count, 4, 16), TOKENS)
     after = worker.cpu()
-    tokens = sum(events for *_, events in found)
+    tokens = count * TOKENS
     cpu = {name: 1000 * (after[name] - before[name]) / tokens for name in PROCESSES}
-    rate = tokens / max(last for _, last, _ in found)
-    return {"rate": rate, "first": 1000 * median(first for first, *_ in found), **cpu}
+    rate = tokens / max(last for _, last in found)
+    return {"rate": rate, "first": 1000 * median(first for first, _ in found), **cpu}
 
 
 def measure_model(env: dict[str, str]) -> dict[str, Any]:
@@ -123,7 +122,7 @@ def measure_model(env: dict[str, str]) -> dict[str, Any]:
 
 
 def measure() -> dict[str, Any]:
-    tiny = {**local_env("vllm"), **ENV, "MAX_CONCURRENCY": "64"}
+    tiny = {**local_env("vllm"), **ENV, "MAX_CONCURRENCY": str(max(STREAMS))}
     paced = {**tiny, "MODEL_NAME": str(made("benchmark-vllm", make_paced))}
     found = {}
     for name, env in (("paced", paced), ("tiny", tiny)):
@@ -132,9 +131,49 @@ def measure() -> dict[str, Any]:
     return found
 
 
+def rows(found: dict[str, Any]) -> list[tuple[Any, ...]]:
+    made: list[tuple[Any, ...]] = []
+    for count in map(str, STREAMS):
+        bare, proxied = found[count]["bare"], found[count]["proxied"]
+        low, *_, high = found[count]["rates"]
+        made += [
+            (f"{count} streams, tokens/s", bare["rate"], proxied["rate"]),
+            (f"{count} streams, proxied by bare: median and range of {ROUNDS} pairs", "",
+             f"{median(found[count]['rates']):.2f} ({low:.2f} to {high:.2f})"),
+            (f"{count} streams, first token, ms", bare["first"], proxied["first"]),
+            *((f"{count} streams, CPU s of the {name} by 1,000 tokens", bare[name], proxied[name])
+              for name in PROCESSES),
+        ]  # fmt: skip
+    return [*made, ("one stream, first token, ms", found["lone"]["bare"], found["lone"]["proxied"])]
+
+
+def report(found: dict[str, Any], where: dict[str, str]) -> tuple[str, dict[str, Any]]:
+    head = ("", "bare server", "HTTP mode")
+    text = f"""# vllm in HTTP mode
+
+{TOKENS} tokens a stream; all streams of a round begin at once, rounds of the bare server and of the proxy by
+turns, medians of {ROUNDS}. Engine, proxy and client share the cores of the machine. Written by
+`python -m benchmarks vllm_http`.
+
+## The paced model: 19 million parameters
+
+{table(head, rows(found["paced"]))}
+
+## The tiny model: half a million parameters, the hardest case
+
+{table(head, rows(found["tiny"]))}
+
+{table(["machine", ""], list(where.items()))}
+"""
+    return text, {"machine": where, **found}
+
+
 def main() -> None:
     if reason := vllm_cpu.missing():
         sys.exit(f"No vLLM on this machine: {reason}.")
-    import json
+    where = {**machine("aiohttp", "uvicorn", "uvloop"), **versions()}
+    write("vllm_http", *report(measure(), where))
 
-    print(json.dumps(measure(), indent=1))
+
+if __name__ == "__main__":
+    main()
