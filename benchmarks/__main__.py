@@ -15,6 +15,7 @@ NAMES = (
     "retrieval",
     "tgi",
     "vllm",
+    "vllm_http",
     "whisper",
     "xtts",
 )

@@ -1,6 +1,6 @@
 """What a generator yields to the SDK, which posts each yield and asks for the next when that is answered.
 
-async for chunk in relay(sse_events(response.content.iter_any())):  # the body buffers in the meantime
+async for chunk in relay(client.stream(path, body)):  # the connection buffers in the meantime
     yield chunk
 async for chunk in coalesce(tokens()):  # nothing else would buffer
     yield chunk
@@ -9,8 +9,6 @@ async for chunk in coalesce(tokens()):  # nothing else would buffer
 from __future__ import annotations
 
 import asyncio
-import codecs
-import io
 import json
 import re
 from collections import deque
@@ -18,14 +16,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, I
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext, suppress
 from typing import ClassVar, TypeVar
 
-from shared.errors import JobError, replace_lone_surrogates
+from shared.errors import replace_lone_surrogates
 
 STREAM_LIMIT = 1_000_000
 """Bytes that the platform takes in one post of a stream."""
 
 _ENVELOPE = len('{"output": ""}')  # what the SDK puts around a chunk
 _json = json.JSONEncoder(ensure_ascii=False).encode
-_BLANK_LINES = re.compile("\n{3,}")
 _EVENT = re.compile(r".*?\n\n|.+", re.DOTALL)  # an event, or the end of a text that has no blank line
 T = TypeVar("T")
 
@@ -237,27 +234,6 @@ def _cancel(readers: list[asyncio.Task[None]]) -> list[asyncio.Task[None]]:
         if not reader.cancelling():  # a second cancellation would interrupt the closing of the source
             reader.cancel()
     return readers
-
-
-async def sse_events(body: AsyncIterator[bytes]) -> AsyncGenerator[str]:
-    r"""The server-sent events of an HTTP body, however it is cut: each time those that a read has completed.
-
-    Each ends in one blank line. Every line end becomes `\n`, bytes that are not UTF-8 become U+FFFD. The last
-    event may lack its blank line; a body that ends within a line raises JobError.
-    """
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")("replace"), translate=True)
-    rest = ""
-    async with _closing(body):
-        async for data in body:
-            events, blank, rest = (rest + decoder.decode(data)).rpartition("\n\n")
-            if events := events.lstrip("\n"):
-                yield _BLANK_LINES.sub("\n\n", events + blank)
-    rest += decoder.decode(b"", final=True)
-    if event := rest.strip("\n"):
-        if not rest.endswith("\n"):
-            message = "The engine's answer ended in the middle of an event. Try again."
-            raise JobError(message, code="stream_cut", type="server_error")
-        yield f"{event}\n\n"
 
 
 def _max_size(text: str) -> int:

@@ -13,12 +13,13 @@ from shared.errors import JobError, StartError
 class Admission:
     """At most `running` requests run and `waiting` wait or arrive; any other is refused at once.
 
-    state: loading; ready; failed: the start cannot succeed, for `cause`; draining; dead: the engine has died.
+    state: loading; ready; failed: the start cannot succeed; draining; dead: the engine has died.
+    cause: of `failed` and `dead`, where it is known.
     """
 
     def __init__(self) -> None:
         self.state: Literal["loading", "ready", "failed", "draining", "dead"] = "loading"
-        self.cause: StartError | None = None
+        self.cause: StartError | JobError | None = None
         self.in_flight = 0
         self.idle = asyncio.Event()  # no request is admitted
         self.idle.set()
@@ -34,23 +35,25 @@ class Admission:
         """The model is ready; the limits are known with its settings."""
         self._running, self._max_waiting = running, waiting
         self._slots = asyncio.Semaphore(running)
-        self.state = "ready"
+        if not self.closed.is_set():
+            self.state = "ready"
 
     def fail(self, cause: StartError) -> None:
         """The start cannot succeed: each request is answered with the cause."""
         self.cause, self.state = cause, "failed"
 
-    def close(self, state: Literal["draining", "dead"]) -> None:
+    def close(self, state: Literal["draining", "dead"], cause: JobError | None = None) -> None:
         """Take no new request. Safe in a signal handler of the loop's thread."""
-        self.state = state
+        self.state, self.cause = state, cause or self.cause
         self.closed.set()
 
     def check(self) -> None:
         """Raise JobError in a state that takes no request."""
         if self.state == "loading":
             raise JobError("The model is loading. Try again soon.", code="not_ready", type="server_error")
-        if self.cause is not None and self.state == "failed":
-            raise JobError(self.cause.message, code=self.cause.code, type="unavailable")
+        if self.cause is not None and self.state in ("failed", "dead"):
+            kind = "unavailable" if self.state == "failed" else "server_error"
+            raise JobError(self.cause.message, code=self.cause.code, type=kind)
         if self.state != "ready":
             message = f"This worker is {self.state} and takes no new request. Try again: another one will."
             raise JobError(message, code="not_ready", type="server_error")

@@ -6,13 +6,14 @@ The app is built from what a JobHandler knows: requests, routes, and the two for
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from shared import telemetry
 from shared.admission import Admission
@@ -22,6 +23,25 @@ from shared.http_response import JobResponse, error_response
 from shared.jobs import JobHandler
 from shared.requests import validate
 from shared.results import to_plain
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+class _JobRoutes:
+    """Answers the POST requests of `jobs` before FastAPI routes the others, which takes 0.1 ms a request."""
+
+    def __init__(self, app: ASGIApp, jobs: Mapping[str, Endpoint]) -> None:
+        self._app, self._jobs = app, jobs
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = self._jobs.get(scope["path"]) if scope.get("method") == "POST" else None
+        if endpoint is None:
+            return await self._app(scope, receive, send)
+        try:
+            response = await endpoint(Request(scope, receive))
+        except JobError as error:
+            response = error_response(error)
+        await response(scope, receive, send)
 
 
 def make_app(
@@ -41,6 +61,8 @@ def make_app(
     metrics = telemetry.Prometheus(in_flight=lambda: admission.in_flight, waiting=lambda: admission.waiting)
     telemetry.add_sink("http", metrics)
     documentation = Documentation(handler, secured=api_key is not None)
+    jobs: dict[str, Endpoint] = {}
+    app.add_middleware(_JobRoutes, jobs=jobs)
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
 
@@ -55,6 +77,7 @@ def make_app(
             authorise(request)
             return JobResponse(request, handler, admission, path, model)
 
+        jobs[path] = endpoint
         described = documentation.operation(path, model)
         app.add_api_route(path, endpoint, methods=["POST"], response_class=Response, openapi_extra=described)
 

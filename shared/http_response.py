@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 import uuid
+from asyncio import FIRST_COMPLETED
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -16,14 +17,14 @@ from starlette.types import Message, Receive, Scope, Send
 
 from shared import telemetry
 from shared.admission import Admission
-from shared.errors import JobError
+from shared.errors import ENGINE_DIED, JobError
 from shared.http_body import ClientDisconnect, read_fields
 from shared.jobs import Job, JobHandler
 from shared.requests import parse, validate
 from shared.results import Media, to_plain
 
 RETRY_AFTER_S = 2
-STALL_S = 120.0  # a client that takes nothing of a stream for so long counts as gone
+STALL_S = 60.0  # a client that takes nothing for so long, or up to twice, counts as gone
 LINGER_S = 2.0  # a refused body is read and dropped for so long: its sender reads the answer after it
 CLIENT_CLOSED = 499  # nginx's status for a client that hung up: only the metrics see it
 EVENTS = "text/event-stream"
@@ -57,6 +58,7 @@ class JobResponse(Response):
         self._id = request.headers.get("x-request-id", "")[:200] or uuid.uuid4().hex
         self._media_type = ""  # of the answer that has begun
         self._body_read = self._answered = False
+        self._sending: bytes | None = None  # what the client has not taken yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with telemetry.record(self._route, "http") as record:
@@ -79,11 +81,18 @@ class JobResponse(Response):
     async def _run_while_connected(self, request: BaseModel) -> None:
         work = asyncio.create_task(self._run(request))
         gone = asyncio.create_task(self._disconnected())
+        stalled = False
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            # Looking at times costs less than a timeout for each part of a stream.
+            while not stalled:
+                sending = self._sending
+                ended, _ = await asyncio.wait({work, gone}, timeout=STALL_S, return_when=FIRST_COMPLETED)
+                if ended:
+                    break
+                stalled = sending is not None and sending is self._sending
         finally:
             gone.cancel()
-            if not work.done() and not self._answered:
+            if not work.done() and (stalled or not self._answered):
                 self._record.status = CLIENT_CLOSED
                 work.cancel()
             with suppress(asyncio.CancelledError):
@@ -109,7 +118,7 @@ class JobResponse(Response):
         except Exception as error:
             problem, replace_worker = self._handler.explain(error)
             if replace_worker:
-                self._admission.close("dead")
+                self._admission.close("dead", problem if problem.code == ENGINE_DIED else None)
             await self._fail(problem)
 
     async def _complete(self, request: BaseModel, job: Job) -> None:
@@ -135,10 +144,10 @@ class JobResponse(Response):
         assert self._handler.stream_work is not None
         async with aclosing(self._handler.stream_work(request, job)) as parts:
             async for part in parts:
-                if isinstance(part, Media):
-                    data, media_type = part.data, part.media_type
-                elif isinstance(part, str):  # server-sent events already
+                if isinstance(part, str):  # server-sent events already
                     data, media_type = part.encode(), EVENTS
+                elif isinstance(part, Media):
+                    data, media_type = part.data, part.media_type
                 else:
                     self._record.observe_answer(part)
                     data, media_type = b"data: " + (await to_plain(part))[1] + b"\n\n", EVENTS
@@ -164,12 +173,9 @@ class JobResponse(Response):
         await self._send({"type": "http.response.start", "status": 200, "headers": raw})
 
     async def _write(self, data: bytes, *, more: bool) -> None:
-        self._answered = not more
-        try:
-            async with asyncio.timeout(STALL_S):
-                await self._send({"type": "http.response.body", "body": data, "more_body": more})
-        except TimeoutError:
-            raise ClientDisconnect from None
+        self._answered, self._sending = not more, data
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        self._sending = None
 
     async def _fail(self, error: JobError) -> None:
         """Answer with the error and its status; a stream that has begun ends in an event, or is cut off."""

@@ -19,7 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from shared import startup
 from shared.admission import Admission
-from shared.errors import StartError
+from shared.errors import JobError, StartError
 from shared.http_app import make_app
 from shared.jobs import JobHandler
 from shared.logs import log
@@ -27,6 +27,7 @@ from shared.settings import HttpSettings, WorkerSettings
 
 MAX_RESULT_BYTES = 30 * 10**6  # what RunPod passes on from a load-balancing endpoint
 KEEP_ALIVE_S = 600  # longer than a load balancer keeps its connections
+DEAD_S = 3.0  # how long /ping answers 503 after the engine has died, with nothing in flight
 MAX_HEAD_BYTES = 64 * 1024  # of a request: its line and headers
 
 
@@ -113,12 +114,20 @@ def serve(
         closing = asyncio.create_task(admission.closed.wait())
         await asyncio.wait([*serving, closing], return_when=asyncio.FIRST_COMPLETED)
         await admission.idle.wait()
+        if admission.state == "dead" and admission.cause:  # the load balancer sees it before the worker ends
+            await asyncio.sleep(DEAD_S)
         for server in servers:
             server.should_exit = True
         await asyncio.gather(*serving)
         opening.cancel()
 
     with asyncio.Runner(loop_factory=configs[0].get_loop_factory()) as runner:
+        loop = runner.get_loop()
+
+        def engine_died(error: JobError) -> None:
+            loop.call_soon_threadsafe(admission.close, "dead", error)
+
+        handler.on_engine_death = engine_died
         runner.run(run())
     sys.exit(1 if admission.state == "dead" else 0)
 

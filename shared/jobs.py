@@ -81,6 +81,7 @@ class JobHandler:
 
     requests, routes: see `job_handler`. work, stream_work: the decorated functions; stream_work is None
     where the worker does not stream. engine_metrics: an engine's own, which HTTP mode's /metrics appends.
+    on_engine_death: ends the worker when its engine, a process, has died; `shared.startup.serve` sets it.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class JobHandler:
         self.work = work
         self.stream_work: StreamWork | None = None
         self.engine_metrics: Callable[[], Awaitable[bytes]] | None = None
+        self.on_engine_death: Callable[[JobError], None] = lambda _: None
         self.requests, self.routes = requests, routes
         self.max_result_bytes = int(WorkerSettings.model_fields["max_result_mb"].default * 1e6)
         self.config: dict[str, Any] = {}

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from shared.settings import HttpSettings, WorkerSettings, read_settings
 from shared.volume import ModelPath, resolve_model, use_volume
 
 Config = dict[str, Any]
+POST_S = 15.0  # what the SDK may take to post the errors of the jobs in flight
 
 
 def _process_start() -> float:
@@ -198,9 +199,25 @@ def run(handler: JobHandler, prepare: Prepare, *, worker: str) -> Config:
 
 
 def serve(handler: JobHandler, prepare: Prepare, *, worker: str) -> None:
-    """Start the worker in its SERVE_MODE: HTTP, or the SDK's loop, until the worker is stopped."""
+    """Start the worker in its SERVE_MODE: HTTP, or the SDK's loop, until the worker is stopped.
+
+    A worker whose engine process has died exits with status 1, after what was in flight is answered.
+    """
     mode: telemetry.Mode = "http" if os.environ.get("SERVE_MODE", "").strip() == "http" else "queue"
     flush = telemetry.start_otlp(worker, mode)
+
+    def end_worker(_: JobError) -> None:
+        """From another thread: the SDK's loop may wait 90 s for a job before it ends."""
+        deadline = time.monotonic() + POST_S
+        while handler.in_flight and time.monotonic() < deadline:
+            time.sleep(0.05)
+        flush()
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(1)
+
+    handler.on_engine_death = end_worker
     try:
         if mode == "http":
             _serve_http(handler, prepare, worker)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
-import re
 import urllib.error
 import urllib.request
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
 from aiohttp import ClientResponse, ClientSession
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
-from serving.streaming import STREAM_LIMIT, sse_events
+from serving.engine_server.events import EventReader, find_error
+from serving.streaming import STREAM_LIMIT
+from shared import telemetry
 from shared.errors import JobError
 from shared.logs import redact
 
@@ -24,15 +25,6 @@ KEEP_ALIVE_S = 3.0  # shorter than the 5 s after which uvicorn closes an idle co
 PROBE_S = 10.0  # for a GET of `get`, and to connect
 FIRST_READ_S = 0.005  # a chat's role comes in an event of its own, just before the first token
 LARGE = 1_000_000  # bytes of an answer
-_STREAM_END = re.compile(
-    r"""^data:[ ]?\[DONE\]                                           # chat and completions
-    | ^event:[ ]?(?:response\.(?:completed|failed|incomplete)|message_stop)$  # responses, messages
-    | "generated_text":[ ]?"                                       # TGI's own""",
-    re.MULTILINE | re.VERBOSE,
-)  # the last events of a stream, and no others
-_ERROR_EVENT = re.compile(
-    r'^(?:event: ?error\ndata: ?(?=\{)|data: ?(?=\{ ?"error"))(?P<data>.*)', re.MULTILINE
-)
 
 
 class EngineClient:
@@ -90,27 +82,34 @@ class EngineClient:
     ) -> AsyncGenerator[str]:
         """The server-sent events that answer a POST: each time all complete events that have arrived.
 
-        in_posts: for a queue endpoint, by way of `serving.streaming.relay`; see `read_parts`. Closed early,
+        in_posts: for a queue endpoint, by way of `serving.streaming.relay`; see `read_first`. Closed early,
         this closes the connection, upon which the engine drops the request. What was not taken from a
         connection that breaks is lost.
 
-        An event that holds an error is raised as one, after those before it: engines send them under HTTP
-        status 200. An answer without one of _STREAM_END is a lost connection, even if HTTP ended in order.
+        An event that holds an error is raised as one, after those before it. An answer without one of the
+        events that end a stream is a lost connection, even if HTTP ended in order. The tokens that the
+        answer states are observed for the job.
         """
-        ended = False
+        reader = EventReader()
         async with self._send("POST", path, body, headers) as response:
             content = response.content
-            async with aclosing(sse_events(read_parts(content) if in_posts else content.iter_any())) as parts:
-                async for events in parts:
-                    if error := _ERROR_EVENT.search(events):
-                        if before := events[: error.start()]:
-                            yield before
+            data = await (read_first(content) if in_posts else content.readany())
+            while True:
+                if events := reader.feed(data) if data else reader.end():
+                    if error := find_error(events):
+                        start, problem = error
+                        if start:
+                            yield events[:start].decode(errors="replace")
                         await self._raise_if_dead()
-                        raise parse_error_body(500, _parse_or_text(error["data"].encode()))
-                    ended = ended or bool(_STREAM_END.search(events))
-                    yield events
-            if not ended:
+                        raise parse_error_body(500, _parse_or_text(problem))
+                    yield events.decode(errors="replace")
+                if not data:
+                    break
+                data = await content.readany()
+            if not reader.complete:
                 raise aiohttp.ClientPayloadError("the stream stopped before its end")
+        for name, count in reader.tokens.items():
+            telemetry.observe(name, count)
 
     @asynccontextmanager
     async def _send(
@@ -172,18 +171,14 @@ async def _open_session() -> AsyncGenerator[ClientSession]:
         yield session
 
 
-async def read_parts(body: aiohttp.StreamReader) -> AsyncGenerator[bytes]:
-    """All bytes that have arrived, each time. The first read includes what arrives FIRST_READ_S later, which
-    would cost the first token a post of its own.
-    """
-    first = True
-    async for data in body.iter_any():
-        if first:
-            first = False
-            await asyncio.sleep(FIRST_READ_S)
-            if body.exception() is None:
-                data += body.read_nowait()
-        yield data
+async def read_first(body: aiohttp.StreamReader) -> bytes:
+    """What arrives first, and FIRST_READ_S later, which would cost the first token a post of its own."""
+    data = await body.readany()
+    if data:
+        await asyncio.sleep(FIRST_READ_S)
+        if body.exception() is None:
+            data += body.read_nowait()
+    return data
 
 
 def parse_error_body(status: int, body: Any) -> JobError:

@@ -1,7 +1,7 @@
 """An inference server (vLLM, TGI) as a child process on loopback, with its client.
 
     server = EngineServer("vllm", lambda port: ["vllm", "serve", path, "--port", str(port)],
-                          in_flight=lambda: handler.in_flight)
+                          on_death=lambda error: handler.on_engine_death(error))
     server.start()  # returns when its health route answers; StartError has the cause if it cannot
     server.prove(prewarm)  # returns when the worker's own first requests are answered
     answer = await server.request("POST", "/v1/completions", body)
@@ -13,9 +13,9 @@ conflict with the SDK's; its command line and its HTTP routes are stable. The ho
 request.
 
 Every exit of the child is a crash, whatever its status. Jobs in flight get an error with the code
-`engine_died`, upon which the worker asks to be replaced, and the worker exits with status 1 as soon as their
-results are posted: an idle one at once. An engine whose health route is silent for `hang_timeout` is killed.
-One that dies before `prove` has returned is started once more, and then given up.
+`engine_died`, and `on_death` ends the worker, which is then replaced; see `shared.startup.serve`. An engine
+whose health route is silent for `hang_timeout` is killed. One that dies before `prove` has returned is
+started once more, and then given up.
 
 The child leads a session of its own, so that a SIGTERM to the worker's group does not end it before the SDK
 has drained. The child ends with the worker's process: at exit, or by the reaper if the worker was killed.
@@ -25,28 +25,25 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import contextlib
 import os
 import re
 import shlex
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 from serving.engine_server import reaper
 from serving.engine_server.client import EngineClient
+from serving.engine_server.launch import choose_port, environment, start_reaper
 from serving.engine_server.log_causes import classify_log, first_error
 from serving.engine_server.output import Output
 from shared.errors import ENGINE_DIED, JobError, StartError
 from shared.logs import log
 
 START_TRIES = 3  # another process may take the port before the child binds it
-POST_S = 15.0  # what the SDK may take to post the errors of the jobs in flight
+DYING_S = 15.0  # a vLLM whose core has died exits a second later
 _PORT_TAKEN = re.compile(r"address already in use|errno: ?98|errno 98|EADDRINUSE", re.IGNORECASE)
-_NOT_FOR_ENGINE = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RUNPOD_AI_API_KEY")
 
 
 class EngineFailed(RuntimeError):
@@ -62,8 +59,8 @@ class EngineServer(EngineClient):
 
     start_timeout: seconds until the engine must answer. hang_timeout: seconds of silent health after which a
     started engine counts as dead. grace: seconds from SIGTERM to SIGKILL.
-    in_flight: how many jobs the worker has in flight. on_death: called when the engine has died and no job is
-    in flight any more; default: exit the process with status 1.
+    on_death: called with the error of the jobs in flight when a proven engine has died, in a thread of its
+    own; default: exit the process with status 1.
     """
 
     def __init__(
@@ -77,8 +74,7 @@ class EngineServer(EngineClient):
         start_timeout: float = 1800,
         hang_timeout: float = 60,
         grace: float = 10,
-        in_flight: Callable[[], int] = lambda: 0,
-        on_death: Callable[[], None] | None = None,
+        on_death: Callable[[JobError], None] = lambda _: os._exit(1),
     ) -> None:
         super().__init__("")  # `_launch` sets the URL
         self.name = name
@@ -87,7 +83,7 @@ class EngineServer(EngineClient):
         self.health = health
         self.start_timeout, self.hang_timeout, self.grace = start_timeout, hang_timeout, grace
         self._preferred_port = port
-        self._in_flight, self._on_death = in_flight, on_death or _exit
+        self._on_death = on_death
         self._process: subprocess.Popen[bytes] | None = None
         self._reaper: subprocess.Popen[bytes] | None = None
         self._output: Output | None = None
@@ -161,7 +157,7 @@ class EngineServer(EngineClient):
         except Exception:
             if self.get(self.health)[0] == 200:
                 raise
-            self._exited.wait(POST_S)  # a vLLM whose core has died exits a second later
+            self._exited.wait(DYING_S)
         else:
             with self._proving:
                 self._proven = self._death is None and not self._exited.is_set()
@@ -172,13 +168,9 @@ class EngineServer(EngineClient):
         return classify_log(lines) or _failed(f"{self.name} died of its first requests: {line}")
 
     def _launch(self) -> None:
-        port = _choose_port(self._preferred_port)
+        port = choose_port(self._preferred_port)
         self.url = f"http://127.0.0.1:{port}"
-        env = {key: value for key, value in os.environ.items() if key not in _NOT_FOR_ENGINE}
-        for key, value in self.env.items():
-            env.pop(key, None)
-            if value is not None:
-                env[key] = value
+        env = environment(self.env)
         argv = list(self.command(port))
         log.info("%s: %s", self.name, shlex.join(argv))
         self._exited, self._stopping, self._death = threading.Event(), False, None
@@ -191,12 +183,7 @@ class EngineServer(EngineClient):
             message = f"{argv[0]} cannot be started: {error.strerror}. Use the image that has it."
             raise StartError(message, code="no_engine") from error
         log.info("%s: process %d at %s", self.name, process.pid, self.url)
-        numbers = [str(number) for number in (os.getpid(), process.pid, self.grace)]
-        self._reaper = subprocess.Popen(
-            [sys.executable, "-I", "-S", reaper.__file__, *numbers],
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        self._reaper = start_reaper(process.pid, self.grace)
         atexit.register(self.stop)
         self._output = Output(self.name, process)
         threading.Thread(target=_wait, args=(process, self._exited), daemon=True).start()
@@ -226,7 +213,7 @@ class EngineServer(EngineClient):
     # ---- watch ----
 
     def _watch(self) -> None:
-        """Wait until the engine dies, then for its jobs, and end the worker.
+        """Wait until the engine dies, and end the worker.
 
         Returns if `stop` ended the engine, or if it was not proven.
         """
@@ -245,10 +232,7 @@ class EngineServer(EngineClient):
             if self._stopping or not self._proven:
                 return
         log.error("The worker ends, and RunPod replaces it.")
-        deadline = time.monotonic() + POST_S
-        while self._in_flight() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        self._on_death()
+        self._on_death(self._died())
 
     def _declare_dead(self, reason: str) -> None:
         """Record the death, and kill what is left of the engine: jobs wait for its connections."""
@@ -310,34 +294,3 @@ def _failed(cause: str) -> StartError:
 def _wait(process: subprocess.Popen[bytes], exited: threading.Event) -> None:
     process.wait()
     exited.set()
-
-
-def _exit() -> None:
-    """End this process now, with status 1: the SDK's loop may wait 90 s for a job."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(1)
-
-
-def _choose_port(preferred: int | None) -> int:
-    """The preferred port if no other process listens on it, else a free one."""
-    if preferred is not None and not _is_free(preferred):
-        log.warning("port %d is in use, taking another one", preferred)
-    elif preferred is not None:
-        return preferred
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-            probe.listen()
-        except OSError:
-            return False
-    return True

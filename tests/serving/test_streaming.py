@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import gc
-import itertools
 import json
 import time
 
@@ -11,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.streaming import STREAM_LIMIT, coalesce, relay, sse_events
-from shared.errors import JobError
+from serving.streaming import STREAM_LIMIT, coalesce, relay
 from tests.helpers import until
 
 FAMILY = "👨‍👩‍👧‍👦"
@@ -292,92 +290,3 @@ async def test_a_source_that_is_no_generator(through):
                 raise StopAsyncIteration from None
 
     assert "".join(await collected(Words(), through=through)) == "tobeor"
-
-
-# ---- server-sent events --------------------------------------------------------------------------------
-
-LINE = st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), max_size=12)
-EVENT = st.lists(LINE.filter(bool), min_size=1, max_size=3)
-
-
-async def events_of(data: bytes, cuts: list[int]) -> list[str]:
-    """The events of `data`, sent in pieces that end at `cuts`."""
-
-    async def body():
-        edges = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
-        for start, end in itertools.pairwise(edges):
-            yield data[start:end]
-
-    parts = [part async for part in sse_events(body())]
-    assert all(part.endswith("\n\n") for part in parts)
-    return [f"{event}\n\n" for part in parts for event in part.removesuffix("\n\n").split("\n\n")]
-
-
-@settings(deadline=None)
-@given(
-    events=st.lists(EVENT, max_size=6),
-    newline=st.sampled_from(["\n", "\r\n", "\r"]),
-    blanks=st.integers(1, 3),
-    cuts=st.lists(st.integers(0, 500), max_size=20),
-)
-async def test_any_cut_of_the_body_gives_the_same_events(events, newline, blanks, cuts):
-    data = "".join(newline.join(lines) + newline + newline * blanks for lines in events).encode()
-    assert await events_of(data, cuts) == ["\n".join(lines) + "\n\n" for lines in events]
-
-
-async def test_a_character_cut_anywhere_stays_whole():
-    data = f"data: 漢字 {FAMILY} é\r\n\r\ndata: [DONE]\r\n\r\n".encode()
-    assert await events_of(data, list(range(len(data)))) == [f"data: 漢字 {FAMILY} é\n\n", "data: [DONE]\n\n"]
-
-
-async def test_events_that_come_together_are_given_together():
-    async def body():
-        yield b"data: 1\n\n\n\ndata: 2\n\nda"
-        yield b"ta: 3\n"
-        yield b"\n"
-
-    assert [part async for part in sse_events(body())] == ["data: 1\n\ndata: 2\n\n", "data: 3\n\n"]
-
-
-async def test_an_event_is_given_as_soon_as_it_is_whole():
-    async def body():
-        yield b"data: 1\n"
-        yield b"\ndata: 2"
-        await asyncio.sleep(60)
-
-    stream = sse_events(body())
-    assert await asyncio.wait_for(anext(stream), 5) == "data: 1\n\n"
-    await stream.aclose()
-
-
-@pytest.mark.parametrize(
-    ("data", "events"), [(b"", []), (b"\n\n\n", []), (b"data: 1\n\ndata: 2\n", ["1", "2"])]
-)
-async def test_an_end_between_lines_is_an_end(data, events):
-    assert await events_of(data, []) == [f"data: {event}\n\n" for event in events]
-
-
-@pytest.mark.parametrize("rest", [b"data: 2", b"data: \xe6\xbc", b"data: 2\n\ndata"])
-async def test_an_end_within_a_line_is_an_error_after_the_events(rest):
-    async def body():
-        yield b"data: 1\n\n"
-        yield rest
-
-    events = []
-    with pytest.raises(JobError) as caught:
-        await iterate(sse_events(body()), 0, events)
-    assert events[0] == "data: 1\n\n"
-    assert (caught.value.code, caught.value.type) == ("stream_cut", "server_error")
-
-
-async def test_bytes_that_are_not_utf_8_are_replaced():
-    assert await events_of(b"data: \xff\n\n", []) == ["data: \ufffd\n\n"]
-
-
-async def test_the_body_is_closed_with_the_events():
-    engine = Engine([b"data: 1\n\n"] * 10)
-    body = engine()
-    events = sse_events(body)
-    await anext(events)
-    await events.aclose()
-    assert engine.cleaned_up

@@ -101,7 +101,7 @@ def first_requests(settings: Settings, server: EngineServer, revision: str | Non
 
 def prepare() -> Settings:
     settings = read_settings(Settings)
-    server, revision = launcher.start(settings, in_flight=lambda: handler.in_flight)
+    server, revision = launcher.start(settings, on_death=lambda error: handler.on_engine_death(error))
     server.prove(lambda: first_requests(settings, server, revision))
     handler.engine_metrics = server.metrics
     return settings

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from serving.engine_server.process import EngineServer
 from shared import startup
-from shared.errors import StartError
+from shared.errors import JobError, StartError
 from shared.logs import log
 from shared.volume import use_volume
 
@@ -27,7 +27,7 @@ _OWN_FLAGS = {
 }  # fmt: skip
 
 
-def start(settings: Settings, in_flight: Callable[[], int]) -> tuple[EngineServer, str | None]:
+def start(settings: Settings, on_death: Callable[[JobError], None]) -> tuple[EngineServer, str | None]:
     """Start TGI and wait until it is ready; returns it and the model's commit, if known.
 
     Raises StartError, EngineFailed.
@@ -54,7 +54,7 @@ def start(settings: Settings, in_flight: Callable[[], int]) -> tuple[EngineServe
         start_timeout=settings.tgi_startup_timeout,
         hang_timeout=settings.health_timeout,
         grace=GRACE_S,
-        in_flight=in_flight,
+        on_death=on_death,
     )
     with startup.phase("load"):
         server.start()

@@ -34,25 +34,17 @@ from typing import Any
 from serving.engine_server.process import EngineServer
 from serving.streaming import relay
 from shared import prewarm, startup
-from shared.errors import JobError, StartError, invalid
+from shared.errors import JobError, invalid
 from shared.jobs import Job, job_handler
 from shared.logs import log
 from shared.openai import ModelsRequest
 from shared.settings import read_settings
 
-from .command_line import Command, build_command, engine_env
-from .schemas import ROUTES, Call, GenerateRequest, RouteRequest, Settings
-from .variables import advice
+from . import launcher
+from .schemas import ROUTES, Call, GenerateRequest, RouteRequest, Settings, without_nulls
 
 DEFAULT_TOKENS = 512
 DEFAULT_SEQS = 256  # vLLM's own max_num_seqs; on GPUs of 70 GiB and more it is 1024
-# What a start that ran out of memory is tried again with, except for flags that the user has set.
-SMALLER = {
-    "max-model-len": ["auto"],
-    "max-num-seqs": ["64"],
-    "max-num-batched-tokens": ["2048"],
-    "enforce-eager": [],
-}
 
 
 # ---- load ----------------------------------------------------------------------------------------------
@@ -69,36 +61,14 @@ class Engine:
 engine: Engine
 
 
-def load(settings: Settings) -> tuple[EngineServer, Command]:
-    """Start the engine. Raises StartError, EngineFailed."""
-    for line in advice(os.environ):
-        log.warning(line)
-    offline = os.environ.get("HF_HUB_OFFLINE")  # as the user has it: `resolve` sets it
-    model = startup.resolve(settings, settings.model_name)
-    command = build_command(settings, model, os.environ)
-    server = EngineServer(
-        "vllm",
-        command,
-        port=settings.vllm_port,
-        env=engine_env(command, online=not offline),
-        start_timeout=settings.vllm_startup_timeout,
-        hang_timeout=settings.health_timeout,
-        in_flight=lambda: handler.in_flight,
+def load(settings: Settings) -> tuple[Engine, int]:
+    """Start vLLM; the engine, and how many jobs to take at a time. Raises StartError, EngineFailed."""
+    server, command = launcher.start(settings, on_death=lambda error: handler.on_engine_death(error))
+    jobs = settings.max_concurrency or concurrency(
+        server.get("/metrics")[1], command.number("max-num-seqs") or DEFAULT_SEQS
     )
-    with startup.phase("load"):
-        try:
-            server.start()
-        except StartError as error:
-            if error.code != "out_of_memory":
-                raise
-            lowered = [flag for flag, arguments in SMALLER.items() if command.default(flag, *arguments)]
-            if "less than desired" in error.message and command.default("gpu-memory-utilization", "0.8"):
-                lowered.append("gpu-memory-utilization")
-            if not lowered:
-                raise
-            log.warning("%s Trying once more with smaller settings: %s", error.message, ", ".join(lowered))
-            server.start()
-    return server, command
+    log.info("concurrency=%d", jobs)
+    return Engine(server, max_default_tokens(server.get("/v1/models")[1])), jobs
 
 
 def max_default_tokens(models: str) -> int:
@@ -156,7 +126,7 @@ def engine_request(request: AnyRequest) -> tuple[str, str, dict[str, Any] | None
         return "GET", "/v1/models", None
     if isinstance(request, Call):
         return "POST", request.path, request.body
-    body = request.model_dump(exclude_none=True)
+    body: dict[str, Any] = without_nulls(request.model_dump())
     if request.max_tokens is None and "max_completion_tokens" not in body:
         body["max_tokens"] = engine.default_tokens
     if request.stream:
@@ -176,7 +146,7 @@ def _explain(error: JobError, path: str) -> JobError:
     return error
 
 
-# ---- start ---------------------------------------------------------------------------------------------
+# ---- prewarm -------------------------------------------------------------------------------------------
 
 
 def prewarm_inputs(openapi: str) -> list[dict[str, Any]]:
@@ -189,15 +159,14 @@ def prewarm_inputs(openapi: str) -> list[dict[str, Any]]:
     return []
 
 
+# ---- main ----------------------------------------------------------------------------------------------
+
+
 def prepare() -> Settings:
     global engine
     settings = read_settings(Settings)
-    server, command = load(settings)
-    engine = Engine(server, max_default_tokens(server.get("/v1/models")[1]))
-    jobs = settings.max_concurrency or concurrency(
-        server.get("/metrics")[1], command.number("max-num-seqs") or DEFAULT_SEQS
-    )
-    log.info("concurrency=%d", jobs)
+    engine, jobs = load(settings)
+    server = engine.server
 
     def first_requests() -> None:
         if settings.prewarm:

@@ -158,6 +158,30 @@ class GenerateRequest(Request):
 # ---- vLLM's routes -------------------------------------------------------------------------------------
 
 
+# What is a client's own data or a JSON schema, where null is a value.
+OPAQUE = {
+    "parameters", "schema", "json", "input_schema", "arguments", "documents", "metadata",
+    "chat_template_kwargs", "mm_processor_kwargs", "media_io_kwargs", "vllm_xargs", "kv_transfer_params",
+}  # fmt: skip
+
+
+def without_nulls(value: Any) -> Any:
+    """`value` without its null fields, nested ones too: vLLM refuses null for some that may be left out.
+
+    Clients that dump their models send null for every field that is not set.
+    """
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    tool_use = value.get("type") == "tool_use"  # Anthropic's, whose `input` is the tool's arguments
+    return {
+        name: item if name in OPAQUE or (tool_use and name == "input") else without_nulls(item)
+        for name, item in value.items()
+        if item is not None
+    }
+
+
 class Call(OpenAIRequest):
     """The body of a route: what vLLM takes there."""
 
@@ -168,7 +192,8 @@ class Call(OpenAIRequest):
 
     @property
     def body(self) -> dict[str, Any]:
-        return self.model_dump(exclude_unset=True)
+        body: dict[str, Any] = without_nulls(self.model_dump(exclude_unset=True))
+        return body
 
 
 def _call(path: str) -> type[Call]:

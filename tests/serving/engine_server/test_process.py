@@ -8,14 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 
 from serving.engine_server import reaper
 from serving.engine_server.process import EngineFailed, EngineServer
 from shared.errors import ENGINE_DIED, JobError, StartError
-from shared.jobs import Job, Request, job_handler
 from shared.startup import classify
 from tests.helpers import until, wait_until
 from tests.serving.engine_server.watched import ENGINE, SECRET, Watched, command
@@ -60,7 +58,7 @@ def test_another_cause_may_be_temporary() -> None:
 
 
 def test_a_command_that_is_not_there() -> None:
-    server = EngineServer("engine", lambda _: ["/nowhere/engine"], on_death=lambda: None)
+    server = EngineServer("engine", lambda _: ["/nowhere/engine"], on_death=lambda _: None)
     with pytest.raises(StartError, match="/nowhere/engine cannot be started: No such file") as caught:
         server.start()
     assert caught.value.code == "no_engine"
@@ -98,7 +96,7 @@ def test_a_port_that_is_taken_before_the_child_binds_it() -> None:
             seen.append(port)
             return command()(ports.pop() if ports else port)
 
-        server = EngineServer("engine", late, start_timeout=60, on_death=lambda: None)
+        server = EngineServer("engine", late, start_timeout=60, on_death=lambda _: None)
         server.start()
         server.stop()
     assert len(seen) == 2
@@ -146,37 +144,6 @@ async def test_a_hung_engine_is_ended() -> None:
         await until(server.dead.is_set)
         assert server.pid is not None
         assert reaper.members(server.pid) == []
-    finally:
-        server.stop()
-
-
-async def test_the_worker_ends_after_its_jobs_are_answered() -> None:
-    class Empty(Request):
-        pass
-
-    @job_handler(Empty)
-    async def handler(request: Empty, job: Job) -> Any:
-        return await server.request("POST", "/die", {})
-
-    posted = asyncio.Event()
-
-    async def sdk() -> Any:
-        answer = await handler({"id": "one", "input": {}})
-        assert handler.in_flight == 1
-        await posted.wait()
-        return answer
-
-    server = Watched(in_flight=lambda: handler.in_flight)
-    server.start()
-    try:
-        job = asyncio.create_task(sdk())
-        await until(lambda: server.death is not None)
-        assert not await asyncio.to_thread(server.dead.wait, 0.5)
-        posted.set()
-        answer = await job
-        assert answer["refresh_worker"] is True
-        assert '"code": "engine_died"' in answer["error"]
-        await until(server.dead.is_set)
     finally:
         server.stop()
 

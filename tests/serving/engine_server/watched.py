@@ -24,7 +24,7 @@ class Watched(EngineServer):
     def __init__(self, *flags: str, **options: Any) -> None:
         self.dead = threading.Event()
         options = {"start_timeout": 60, "grace": 20, **options}
-        super().__init__("engine", command(*flags), on_death=self.dead.set, **options)
+        super().__init__("engine", command(*flags), on_death=lambda _: self.dead.set(), **options)
 
     def start(self) -> None:
         super().start()

@@ -146,9 +146,9 @@ def test_who_downloads_the_model(
     env = {"MODEL_ID": "a/b", "REVISION": "r", **({"LORA_ADAPTERS": adapters} if adapters else {})}
     if argv is None:
         with pytest.raises(StartError, match="no"):
-            launcher.start(settings(**env), lambda: 0)
+            launcher.start(settings(**env), lambda _: None)
         return
-    _, commit = launcher.start(settings(**env), lambda: 0)
+    _, commit = launcher.start(settings(**env), lambda _: None)
     ((command, changed),) = started
     assert command[1 : len(argv) + 1] == argv
     assert ("--revision" in command) == (code is not None)

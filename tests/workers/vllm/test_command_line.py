@@ -12,11 +12,11 @@ import pytest
 from shared.errors import StartError
 from shared.settings import read_settings
 from shared.volume import ModelPath
-from tools.workers import ROOT, load_handler, load_module
+from tools.workers import ROOT, load_module
 
 command_line = load_module("vllm", "command_line")
 gpus = load_module("vllm", "gpus")
-handler = load_handler("vllm")
+launcher = load_module("vllm", "launcher")
 schemas = load_module("vllm", "schemas")
 variables = load_module("vllm", "variables")
 
@@ -239,7 +239,7 @@ def test_the_tables_agree_with_vllms_own() -> None:
     flags = schemas.engine_table()["flags"]
     assert set(variables.ALIASES.values()) <= flags.keys()
     assert flags.keys() >= variables.RESERVED
-    assert flags.keys() >= handler.SMALLER.keys() | variables.FETCHING | variables.ZERO_IS_UNSET
+    assert flags.keys() >= launcher.SMALLER.keys() | variables.FETCHING | variables.ZERO_IS_UNSET
     there = {variables.variable(flag) for flag in flags} | set(schemas.engine_table()["environment"])
     assert not (variables.REMOVED.keys() | variables.ALIASES.keys()) & there
 

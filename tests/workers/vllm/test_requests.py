@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -55,6 +56,39 @@ def test_vllms_own_fields_pass_untouched() -> None:
     assert body["messages"] == TALK
     assert fields.items() <= body.items()
     assert "max_tokens" not in body
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_null_is_unset_but_for_what_is_the_clients_own_data(native: bool) -> None:
+    schema = {"type": "object", "default": None, "enum": [None, {"a": None}]}
+    call = {"id": "1", "function": {"name": "f", "arguments": "{}"}}
+    body = {
+        "messages": [*TALK, {"role": "assistant", "tool_calls": [call]}],
+        "stream": True, "stream_options": {},
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+        "chat_template_kwargs": {"a": None},
+    }  # fmt: skip
+    dumped: Any = copy.deepcopy(body)
+    dumped |= {"seed": None, "stream_options": {"include_usage": None}}
+    dumped["messages"][1] |= {"content": None, "refusal": None}
+    dumped["messages"][1]["tool_calls"][0]["index"] = None
+    dumped["tools"][0]["function"]["strict"] = dumped["response_format"]["json_schema"]["strict"] = None
+    model = schemas.GenerateRequest if native else schemas.ROUTES["/v1/chat/completions"]
+    sent = handler.engine_request(validate(model, dumped))[2]
+    if native:
+        body["stream_options"] = {"include_usage": True}
+        sent = {name: sent[name] for name in body}
+    assert sent == body
+
+
+def test_a_tools_arguments_keep_their_nulls() -> None:
+    content = [{"type": "tool_use", "id": "1", "name": "f", "input": {"a": None}, "cache_control": None}]
+    asked = validate(
+        schemas.ROUTES["/v1/messages"], {"messages": [{"role": "assistant", "content": content}]}
+    )
+    (message,) = handler.engine_request(asked)[2]["messages"]
+    assert message["content"] == [{"type": "tool_use", "id": "1", "name": "f", "input": {"a": None}}]
 
 
 def test_a_stream_includes_its_usage() -> None:
