@@ -29,7 +29,7 @@ from serving.embedding import answers
 from serving.embedding.schemas import EmbeddingsResponse, Usage
 from shared import prewarm, startup
 from shared.errors import JobError
-from shared.jobs import Job, job_handler
+from shared.jobs import JSON, Job, job_handler
 from shared.openai import ModelList, ModelsRequest, check_model, model_list
 from shared.settings import read_settings
 
@@ -125,6 +125,13 @@ def load(settings: Settings) -> Engine:
         "/v1/rerank": OpenAIRerankRequest,
         "/v2/rerank": CohereRerankRequest,
         "/v1/models": ModelsRequest,
+    },
+    answers={
+        RetrievalRequest: {JSON: RetrievalResponse},
+        RerankRequest: {JSON: RerankResponse},
+        RetrievalEmbeddingsRequest: {JSON: EmbeddingsResponse},
+        OpenAIRerankRequest: {JSON: RerankResponse},
+        CohereRerankRequest: {JSON: CohereRerankResponse},
     },
 )
 async def handler(

@@ -35,6 +35,7 @@ from shared.volume import ModelPath
 from .checks import pick_adapter, refuse_unsupported
 from .responses import LogprobReader, Writer, writer_for
 from .schemas import (
+    ANSWERS,
     ROUTES,
     Answer,
     ChatRequest,
@@ -131,7 +132,7 @@ def resolve_adapters(settings: Settings) -> dict[str, ModelPath]:
 # ---- handle --------------------------------------------------------------------------------------------
 
 
-@job_handler(GenerateRequest, routes=ROUTES)
+@job_handler(GenerateRequest, routes=ROUTES, answers=ANSWERS)
 async def handler(
     request: GenerateRequest | ChatRequest | CompletionRequest | ModelsRequest, job: Job
 ) -> Answer:

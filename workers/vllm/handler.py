@@ -40,6 +40,7 @@ from shared.logs import log
 from shared.openai import ModelsRequest
 from shared.settings import read_settings
 
+from .answers import ANSWERS
 from .command_line import Command, build_command, engine_env
 from .schemas import ROUTES, Call, GenerateRequest, RouteRequest, Settings
 from .variables import advice
@@ -125,7 +126,7 @@ def concurrency(metrics: str, max_num_seqs: int) -> int:
 AnyRequest = GenerateRequest | RouteRequest | Call | ModelsRequest
 
 
-@job_handler(GenerateRequest, RouteRequest, routes=ROUTES)
+@job_handler(GenerateRequest, RouteRequest, routes=ROUTES, answers=ANSWERS)
 async def handler(request: AnyRequest, job: Job) -> dict[str, Any]:
     method, path, body = engine_request(request)
     try:
