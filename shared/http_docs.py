@@ -123,9 +123,9 @@ class Documentation:
             job = {"type": "object", "required": [*properties], "properties": properties}
             content[JSON]["schema"] = job
         if EVENTS in content:
-            about = "Server-sent events, each with `data` of this schema; OpenAI's streams end in [DONE]"
-            events = {**_TEXT, "description": about, "contentMediaType": JSON}
-            content[EVENTS]["schema"] = {**events, "contentSchema": content[EVENTS]["schema"]}
+            data = {**_TEXT, "contentMediaType": JSON, "contentSchema": content[EVENTS]["schema"]}
+            event = {"type": "object", "required": ["data"], "properties": {"data": data}}
+            content[EVENTS] = {"itemSchema": event}  # as OpenAPI 3.2 and FastAPI's own streams
         return {"description": "The answer", "content": content}
 
     def _errors(self, *, native: bool, get: bool) -> dict[str, Any]:
