@@ -36,8 +36,11 @@ class Usage(BaseModel):
 # ---- the worker's own ----------------------------------------------------------------------------------
 
 
+_Texts = Annotated[list[str], Field(max_length=MAX_INPUTS)]
+
+
 class EmbedRequest(Request):
-    texts: Annotated[list[str], BeforeValidator(as_list, json_schema_input_type=str | list[str])] = Field(
+    texts: Annotated[list[str], BeforeValidator(as_list, json_schema_input_type=str | _Texts)] = Field(
         default=[], max_length=MAX_INPUTS, description="The texts, or one text; an empty text is a text"
     )
     text: str | None = Field(None, description="A single text, used when `texts` is missing or empty")
