@@ -123,8 +123,10 @@ class Documentation:
             job = {"type": "object", "required": [*properties], "properties": properties}
             content[JSON]["schema"] = job
         if EVENTS in content:
-            data = {**_TEXT, "contentMediaType": JSON, "contentSchema": content[EVENTS]["schema"]}
-            event = {"type": "object", "required": ["data"], "properties": {"data": data}}
+            parts = _any_of([content[EVENTS]["schema"], {"$ref": "#/components/schemas/Error"}])
+            data = {**_TEXT, "contentMediaType": JSON, "contentSchema": parts}
+            properties = {"data": _any_of([data, {"const": "[DONE]"}])}
+            event = {"type": "object", "required": ["data"], "properties": properties}
             content[EVENTS] = {"itemSchema": event}  # as OpenAPI 3.2 and FastAPI's own streams
         return {"description": "The answer", "content": content}
 

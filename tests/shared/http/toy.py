@@ -95,8 +95,8 @@ def check(fault: Fault | None) -> None:
             raise error
 
 
-def event(text: str) -> str:
-    choice = {"index": 0, "delta": {"content": text}, "finish_reason": None}
+def event(text: str, finish_reason: str | None) -> str:
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish_reason}
     chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "toy", "choices": [choice]}
     return f"data: {json.dumps(chunk)}\n\n"
 
@@ -160,7 +160,7 @@ def make_handler() -> JobHandler:
                 case WorkRequest():
                     yield {"text": request.text or "x" * request.size, "number": number}
                 case _:
-                    yield event("abc"[number])
+                    yield event("abc"[number], "stop" if number == parts - 1 else None)
             await asyncio.sleep(getattr(request, "seconds", 0))
         if isinstance(request, ChatRequest):
             yield DONE
