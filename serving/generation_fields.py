@@ -21,11 +21,9 @@ def _as_stop_list(value: Any) -> Any:
     return [] if value is None else [value] if isinstance(value, str) else value
 
 
-Stop = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=200)]],
-    BeforeValidator(_as_stop_list),
-    Field(max_length=4),
-]
+_StopText = Annotated[str, Field(min_length=1, max_length=200)]
+_StopList = Annotated[list[_StopText], Field(max_length=4)]
+Stop = Annotated[_StopList, BeforeValidator(_as_stop_list, json_schema_input_type=_StopText | _StopList)]
 """Stop strings: one, or a list of up to four."""
 
 

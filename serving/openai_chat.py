@@ -35,9 +35,9 @@ def _as_object(value: Any) -> Any:
 class ContentPart(OpenAIRequest):
     type: Literal["text", "image_url"] = Field(description="Type of the content part")
     text: str | None = Field(None, description="The text; required for type `text`")
-    image_url: Annotated[ImageUrl | None, BeforeValidator(_as_object)] = Field(
-        None, description="The image; required for type `image_url`. A string is taken as its `url`"
-    )
+    image_url: Annotated[
+        ImageUrl | None, BeforeValidator(_as_object, json_schema_input_type=str | ImageUrl | None)
+    ] = Field(None, description="The image; required for type `image_url`. A string is taken as its `url`")
 
     @model_validator(mode="after")
     def _has_content_of_type(self) -> ContentPart:
@@ -52,9 +52,9 @@ def _as_parts(value: Any) -> Any:
 
 class ChatMessage(OpenAIRequest):
     role: Literal["system", "developer", "user", "assistant"] = Field(description="Role of the author")
-    content: Annotated[list[ContentPart], BeforeValidator(_as_parts)] = Field(
-        description="A string, or a list of content parts"
-    )
+    content: Annotated[
+        list[ContentPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[ContentPart])
+    ] = Field(description="A string, or a list of content parts")
 
 
 Messages = Annotated[list[ChatMessage], Field(min_length=1)]

@@ -1,7 +1,7 @@
 """What every image has. Importing any module of `shared` loads neither a model library nor the RunPod SDK.
 
 For a handler:
-    jobs.job_handler(*requests, routes)      turns `async def work(request, job)` into a JobHandler
+    jobs.job_handler(*requests, routes, answers)   turns `async def work(request, job)` into a JobHandler
     jobs.Job                                 id, data, check_size(bytes, advice)
     jobs.JobHandler.streamed                 registers the generator for requests with `stream`
     startup.serve(handler, prepare, worker=) starts the worker in its SERVE_MODE; a failed load is answered

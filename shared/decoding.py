@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
+import importlib
 import re
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
 from shared.errors import JobError, invalid
@@ -25,10 +22,6 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30}):")
 # stops the event loop, for 0.4 s even on another thread.
 _PART = 2**20
 _STANDARD = bytes.maketrans(b"-_", b"+/")
-_SOCKET_TIMEOUT_S = 10.0
-_CHUNK_BYTES = 2**16
-# A separate pool: slow servers must not occupy the threads that decode other jobs' input.
-_downloads = ThreadPoolExecutor(16, thread_name_prefix="download")
 
 
 def decode_base64(text: str, *, param: str, max_bytes: int = MAX_BYTES) -> bytes:
@@ -68,10 +61,8 @@ async def load_bytes(
 ) -> bytes:
     """The bytes, at least one, of base64 text, of a `data:` URI or at an http(s) URL; bytes as they are.
 
-    URLs go through the SDK's download, which refuses addresses that are not public, after redirects too.
-    After `timeout_s`, or when the job is cancelled, this returns at once and the connection is closed. The
-    exception is a server that trickles its headers: it holds one of 16 threads until they end, or until it
-    pauses for 10 s.
+    A URL whose host has no public address is refused, after redirects too; see `shared.download`. After
+    `timeout_s`, or when the job is cancelled, the connection is closed.
     """
     if isinstance(source, str):
         data = await _load_text(source.strip(), param, max_bytes, timeout_s)
@@ -106,50 +97,18 @@ def _read_data_uri(uri: str, *, param: str, max_bytes: int) -> bytes:
 
 
 async def _download(url: str, param: str, max_bytes: int, timeout_s: float) -> bytes:
-    download = _Download(url, param, max_bytes, min(timeout_s, _SOCKET_TIMEOUT_S))
+    # An import of 0.2 s, which most jobs do without.
+    module = await asyncio.to_thread(importlib.import_module, "shared.download")
     try:
         async with asyncio.timeout(timeout_s):
-            return await asyncio.get_running_loop().run_in_executor(_downloads, download.run)
+            data: bytes = await module.download(url, max_bytes)
+            return data
     except TimeoutError:
         raise invalid(param, f"the download took longer than {timeout_s:g} s.", "download_timeout") from None
-    finally:
-        download.stop()
-
-
-class _Download:
-    """One download, which another thread can stop while it waits for the body."""
-
-    def __init__(self, url: str, param: str, max_bytes: int, socket_timeout_s: float) -> None:
-        self.url, self.param, self.max_bytes = url, param, max_bytes
-        self.socket_timeout_s = socket_timeout_s
-        self._stopped = threading.Event()
-        self._response: Any = None
-
-    def stop(self) -> None:
-        """Wake the thread that reads the body; its connection is then closed. Harmless after the end."""
-        self._stopped.set()
-        if self._response is not None:
-            with contextlib.suppress(OSError, ValueError, RuntimeError):  # closed already
-                self._response.raw.shutdown()
-
-    def run(self) -> bytes:
-        from runpod.serverless.utils import rp_ssrf
-        from urllib3.exceptions import HTTPError
-
-        limits: dict[str, Any] = {"timeout": self.socket_timeout_s, "max_bytes": self.max_bytes}
-        try:
-            with rp_ssrf.safe_get(self.url, headers={"Accept-Encoding": "identity"}, **limits) as response:
-                self._response = response
-                if response.status_code == 200 and not self._stopped.is_set():
-                    return b"".join(rp_ssrf.iter_content_capped(response, _CHUNK_BYTES, self.max_bytes))
-                cause = f"the server answered {response.status_code}"
-        except rp_ssrf.SSRFError as error:
-            if "size cap" in str(error):
-                raise too_large(self.param, f"{self.max_bytes} bytes") from None
-            cause = re.sub(r"\S*://.*", "the URL", str(error).split(": ")[0], flags=re.DOTALL)
-        except (OSError, ValueError, HTTPError) as error:  # their texts quote the URL
-            cause = type(error).__name__
-        raise invalid(self.param, f"the download failed: {cause}.", "download_failed")
+    except module.TooLarge:
+        raise too_large(param, f"{max_bytes} bytes") from None
+    except module.DownloadFailed as error:
+        raise invalid(param, f"the download failed: {error}.", "download_failed") from None
 
 
 def too_large(param: str, limit: str) -> JobError:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -42,6 +42,13 @@ class _JobRoutes:
         except JobError as error:
             response = error_response(error)
         await response(scope, receive, send)
+
+
+class Health(BaseModel):
+    state: Literal["loading", "ready", "failed", "draining", "dead"]
+    cause: str | None
+    in_flight: int
+    waiting: int
 
 
 def make_app(
@@ -95,7 +102,8 @@ def make_app(
     async def list_models(request: Request) -> Response:
         return JSONResponse(await listed_models(request))
 
-    async def retrieve_model(name: str, request: Request) -> Response:
+    async def retrieve_model(request: Request) -> Response:
+        name = request.path_params["name"]
         models = (await listed_models(request))["data"]
         if model := next((each for each in models if each["id"] == name), None):
             return JSONResponse(model)
@@ -109,13 +117,16 @@ def make_app(
             add(path, model)
             continue
         get: dict[str, Any] = {"methods": ["GET"], "response_class": Response}
-        get["responses"] = {"default": {"description": ""}}  # described below; FastAPI would add its own 422
         app.add_api_route(path, list_models, openapi_extra=documentation.operation(path, model), **get)
         described = documentation.operation(path + "/{name}", model)
         app.add_api_route(path + "/{name:path}", retrieve_model, openapi_extra=described, **get)
 
     @app.head(health_path, include_in_schema=False)
-    @app.get(health_path, response_class=Response)
+    @app.get(
+        health_path,
+        response_class=Response,
+        responses={204: {"description": "The model loads"}, 503: {"description": "Dead, or draining"}},
+    )
     async def ping() -> Response:
         """200: ready; 204: loading; 503: the engine is dead, or the worker drains.
 
@@ -125,16 +136,14 @@ def make_app(
         return Response(status_code={"loading": 204, "ready": 200, "failed": 200}.get(admission.state, 503))
 
     @app.get("/health")
-    async def health() -> dict[str, Any]:
+    async def health() -> Health:
         """The state of the worker, and how many requests run and wait."""
-        return {
-            "state": admission.state,
-            "cause": admission.cause and admission.cause.message,
-            "in_flight": admission.in_flight,
-            "waiting": admission.waiting,
-        }
+        cause = admission.cause and admission.cause.message
+        return Health(
+            state=admission.state, cause=cause, in_flight=admission.in_flight, waiting=admission.waiting
+        )
 
-    @app.get("/metrics", response_class=Response)
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def show_metrics(request: Request) -> Response:
         """Metrics in Prometheus' text format, the engine's own after the worker's."""
         authorise(request)

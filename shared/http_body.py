@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from fastapi import Request
+from pydantic_core import from_json
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
@@ -21,6 +22,9 @@ __all__ = ["MAX_BODY_BYTES", "ClientDisconnect", "read_fields"]
 MAX_BODY_BYTES = 30 * 2**20  # what RunPod passes on to a load-balancing endpoint
 UPLOAD_TIMEOUT_S = 120.0
 MAX_FIELDS = 100  # of a form
+# Of a JSON body. No thread can parse beside the event loop, which a million numbers block for 0.1 s: OpenAI
+# takes 300,000 tokens in a request.
+MAX_VALUES = 1_000_000
 
 
 class _InMemory(MultiPartParser):
@@ -68,14 +72,26 @@ async def _limited(receive: Receive) -> AsyncGenerator[bytes, None]:
 def _json_fields(data: bytes) -> dict[str, Any]:
     if not data.strip():
         return {}
+    if data.count(b",") >= MAX_VALUES and _count_values(data) > MAX_VALUES:
+        message = f"The body has over {MAX_VALUES:,} values. Send fewer, or text in place of token ids."
+        raise JobError(message, code="too_large")
     try:
-        fields = json.loads(data)
+        try:
+            fields = from_json(data)  # 30 times as fast as json with 20 MB of base64
+        except ValueError:  # a lone surrogate, UTF-16, deep nesting
+            fields = json.loads(data)
     except (ValueError, RecursionError):
         message = "The body is not valid JSON. Send a JSON object, or a form as multipart/form-data."
         raise JobError(message, code="invalid_json") from None
     if not isinstance(fields, dict):
         raise JobError("The body is not a JSON object. Send one.", code="invalid_json")
     return fields
+
+
+def _count_values(data: bytes) -> int:
+    """An upper bound of the values in a JSON text: one more than the commas outside of its strings."""
+    unescaped = data.replace(rb"\\", b"").replace(rb"\"", b"")
+    return b"".join(unescaped.split(b'"')[::2]).count(b",") + 1
 
 
 def _urlencoded_fields(data: bytes) -> dict[str, Any]:

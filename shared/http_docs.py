@@ -2,38 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
+from pydantic import BaseModel, TypeAdapter
 
-from shared.jobs import JobHandler
-from shared.openai import Model, ModelList
+from shared.jobs import EVENTS, JSON, JobHandler
+from shared.openai import Model, ModelList, ModelsRequest
 
 NATIVE = "/runsync"
 MODELS = "/v1/models"  # the only GET among the routes
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "integer", "null"]},
-            },
-        }
-    },
+Schema = dict[str, Any]
+STATUSES = {
+    400: "A field is wrong, or the body is no JSON object or form; `param` names the field",
+    401: "The key is missing or wrong",
+    404: "No such route or model",
+    408: "The body took too long",
+    413: "The body, a field or the result is too large",
+    429: "As many requests run and wait as the worker takes",
+    500: "The worker failed",
+    503: "The model loads, the worker drains, its engine is dead, or it cannot start",
 }
-_JOB_ERROR = {
-    "type": "object",
-    "properties": {"id": {"type": "string"}, "status": {"const": "FAILED"}, "error": {"type": "string"}},
+_RETRY_AFTER = {"Retry-After": {"description": "Seconds", "schema": {"type": "string"}}}
+_TEXT: Schema = {"type": "string"}
+_ERROR_FIELDS = {
+    "message": _TEXT,
+    "type": _TEXT,
+    "param": {"type": ["string", "null"]},
+    "code": {"type": ["string", "integer", "null"]},
+}
+_SCHEMAS: dict[str, Schema] = {
+    "Error": {
+        "type": "object",
+        "required": ["error"],
+        "properties": {
+            "error": {"type": "object", "required": [*_ERROR_FIELDS], "properties": _ERROR_FIELDS}
+        },
+    },
+    "FailedJob": {
+        "type": "object",
+        "required": ["id", "status", "error"],
+        "properties": {
+            "id": _TEXT,
+            "status": {"const": "FAILED"},
+            "error": {
+                **_TEXT,
+                "contentMediaType": JSON,
+                "contentSchema": {"type": "object", "properties": _ERROR_FIELDS},
+            },
+        },
+    },
 }
 
 
@@ -42,81 +60,105 @@ class Documentation:
 
     def __init__(self, handler: JobHandler, *, secured: bool) -> None:
         self._handler, self.secured = handler, secured
-        models: list[type[BaseModel]] = [*_answer_models(handler), ModelList, Model]
-        self._answers = list(dict.fromkeys(models))
+        self._answers: dict[type[BaseModel], Mapping[str, Any]] = {
+            **handler.answers,
+            ModelsRequest: {JSON: ModelList},
+            ModelRequest: {JSON: Model},
+        }
         requests = dict.fromkeys([*handler.requests, *handler.routes.values()])
-        answers: list[Any] = [(model, "serialization") for model in self._answers if model not in requests]
-        self._refs, schemas = models_json_schema(
-            [*((model, "validation") for model in requests), *answers],
-            ref_template="#/components/schemas/{model}",
-        )
-        self.schemas: dict[str, Any] = schemas.get("$defs", {}) | {"Error": _ERROR}
+        parts: list[Any] = [((model, "body"), "validation", TypeAdapter(model)) for model in requests]
+        for model, answers in self._answers.items():
+            parts += [((model, kind), "serialization", TypeAdapter(type_)) for kind, type_ in answers.items()]
+        schemas, definitions = TypeAdapter.json_schemas(parts, ref_template="#/components/schemas/{model}")
+        self._schemas = {key: schema for (key, _), schema in schemas.items()}
+        self._forms = {
+            name: schema for name, schema in definitions.get("$defs", {}).items() if any(_files(schema))
+        }
+        self.schemas: dict[str, Schema] = definitions.get("$defs", {}) | _SCHEMAS
+        for name, schema in self._forms.items():  # in JSON, a file is a text
+            self.schemas[name] = schema | {"properties": schema["properties"] | dict(_files(schema, _TEXT))}
 
     def operation(self, path: str, model: type[BaseModel] | None) -> dict[str, Any]:
         """The operation object of a route. model: of its body; None: the native route."""
-        native, get = model is None, path.startswith(MODELS)
-        models = self._handler.requests if model is None else (model,)
-        error = _JOB_ERROR if native else {"$ref": "#/components/schemas/Error"}
+        get = path.startswith(MODELS)
         operation: dict[str, Any] = {
             "summary": f"{'GET' if get else 'POST'} {path}",
             "operationId": path.strip("/").replace("/", "_").replace("{", "").replace("}", ""),
-            "responses": {
-                "200": {"description": "The answer", "content": self._answer_content(path, models)},
-                "default": {
-                    "description": "4xx and 5xx: what was wrong, and what to change",
-                    "content": {"application/json": {"schema": error}},
-                },
-            },
+            "responses": {"200": self._answer(path, model), **self._errors(native=model is None, get=get)},
         }
         if self.secured:
             operation["security"] = [{"bearer": []}]
+        if path.endswith("}"):
+            operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": _TEXT}]
         if not get:
-            operation["requestBody"] = {"required": True, "content": self._body_content(models, native)}
+            operation["requestBody"] = {"required": True, "content": self._body(model)}
         return operation
 
-    def _body_content(self, models: Sequence[type[BaseModel]], native: bool) -> dict[str, Any]:
-        schema = _any_of([self._refs[model, "validation"] for model in models])
-        if native:
-            schema = {"type": "object", "properties": {"input": schema}, "required": ["input"]}
-            return {"application/json": {"schema": schema}}
-        json, form = {"application/json": {"schema": schema}}, {"multipart/form-data": {"schema": schema}}
-        # The form first where a file is sent: documentation shows the first.
-        return form | json if any(self._takes_files(model) for model in models) else json
-
-    def _takes_files(self, model: type[BaseModel]) -> bool:
-        name = self._refs[model, "validation"]["$ref"].rpartition("/")[2]
-        fields = self.schemas[name].get("properties", {}).values()
-        kinds = (kind for field in fields for kind in [field, *field.get("anyOf", [])])
-        return any(kind.get("format") == "binary" for kind in kinds)
-
-    def _answer_content(self, path: str, models: Sequence[type[BaseModel]]) -> dict[str, Any]:
-        stems = {model.__name__.removesuffix("Request") for model in models}
-        matching = [a for a in self._answers if a.__name__.removesuffix("Response") in stems]
-        if path.startswith(MODELS):
-            matching = [Model if path.endswith("}") else ModelList]
-        schema = _any_of([self._ref(answer) for answer in matching])
-        if path == NATIVE:
-            envelope = {"id": {"type": "string"}, "status": {"const": "COMPLETED"}, "output": schema}
-            times = {name: {"type": "integer"} for name in ("delayTime", "executionTime")}  # ms
-            schema = {"type": "object", "properties": envelope | times}
-        content: dict[str, Any] = {"application/json": {"schema": schema}}
-        if self._handler.stream_work and any("stream" in model.model_fields for model in models):
-            content["text/event-stream"] = {"schema": {"type": "string"}}
+    def _body(self, model: type[BaseModel] | None) -> dict[str, Any]:
+        if model is None:
+            schemas = [self._schemas[request, "body"] for request in self._handler.requests]
+            route = {"enum": [*self._handler.routes]}
+            properties = {"openai_route": route, "openai_input": {"type": "object"}}
+            schemas.append({"type": "object", "required": ["openai_route"], "properties": properties})
+            schema = {"type": "object", "properties": {"input": _any_of(schemas)}, "required": ["input"]}
+            return {JSON: {"schema": schema}}
+        content = {JSON: {"schema": self._schemas[model, "body"]}}
+        if form := self._forms.get(content[JSON]["schema"]["$ref"].rpartition("/")[2]):
+            # The form first: documentation shows the first.
+            return {"multipart/form-data": {"schema": form}, **content}
         return content
 
-    def _ref(self, answer: type[BaseModel]) -> dict[str, Any]:
-        return self._refs.get((answer, "serialization")) or self._refs[answer, "validation"]
+    def _answer(self, path: str, model: type[BaseModel] | None) -> dict[str, Any]:
+        if path.endswith("}"):
+            model = ModelRequest
+        models = [model] if model else [*self._handler.requests, *self._handler.routes.values()]
+        schemas: dict[str, list[Schema]] = {}
+        for each in models:
+            for kind in self._answers.get(each, {JSON: None}):
+                schemas.setdefault(kind, []).append(self._schemas.get((each, kind), {}))
+        content = {kind: {"schema": _any_of(parts)} for kind, parts in schemas.items()}
+        if path == NATIVE:
+            properties = {"id": _TEXT, "status": {"const": "COMPLETED"}, "output": content[JSON]["schema"]}
+            properties |= {name: {"type": "integer"} for name in ("delayTime", "executionTime")}  # ms
+            job = {"type": "object", "required": [*properties], "properties": properties}
+            content[JSON]["schema"] = job
+        if EVENTS in content:
+            parts = _any_of([content[EVENTS]["schema"], {"$ref": "#/components/schemas/Error"}])
+            data = {**_TEXT, "contentMediaType": JSON, "contentSchema": parts}
+            properties = {"data": _any_of([data, {"const": "[DONE]"}])}
+            event = {"type": "object", "required": ["data"], "properties": properties}
+            content[EVENTS] = {"itemSchema": event}  # as OpenAPI 3.2 and FastAPI's own streams
+        return {"description": "The answer", "content": content}
+
+    def _errors(self, *, native: bool, get: bool) -> dict[str, Any]:
+        responses = {}
+        for status, description in STATUSES.items():
+            if (status == 401 and not self.secured) or (get and status in (400, 408, 413, 429)):
+                continue
+            name = "FailedJob" if native and status != 401 else "Error"
+            content = {JSON: {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+            headers = {"headers": _RETRY_AFTER} if status in (429, 503) else {}
+            responses[str(status)] = {"description": description, "content": content, **headers}
+        return responses
 
 
-def _answer_models(handler: JobHandler) -> list[type[BaseModel]]:
-    """The pydantic models that the handler says it returns; none where its hints need an import of typing."""
-    with suppress(NameError):
-        answer = get_type_hints(handler.work).get("return")
-        kinds = get_args(answer) if get_origin(answer) in (Union, UnionType) else [answer]
-        return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-    return []
+class ModelRequest(BaseModel):
+    """GET /v1/models/{name}."""
 
 
-def _any_of(schemas: Sequence[Any]) -> dict[str, Any]:
+def _files(schema: Schema, instead: Schema | None = None) -> Iterable[tuple[str, Schema]]:
+    """The fields that take a file; with `instead` in place of the file's schema."""
+    for name, field in schema.get("properties", {}).items():
+        kinds = field.get("anyOf", [field])
+        if any(kind.get("format") == "binary" for kind in kinds):
+            yield (
+                name,
+                {key: value for key, value in field.items() if key not in ("format", "anyOf")}
+                | (instead or {}),
+            )
+
+
+def _any_of(schemas: Sequence[Schema]) -> Schema:
     """Any value where there are none."""
-    return {} if not schemas else dict(schemas[0]) if len(schemas) == 1 else {"anyOf": list(schemas)}
+    different = [schema for number, schema in enumerate(schemas) if schema not in schemas[:number]]
+    return {"anyOf": different} if len(different) > 1 else different[0] if different else {}

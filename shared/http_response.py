@@ -21,13 +21,12 @@ from shared.errors import ENGINE_DIED, JobError
 from shared.http_body import ClientDisconnect, read_fields
 from shared.jobs import Job, JobHandler
 from shared.requests import parse, validate
-from shared.results import Media, to_plain
+from shared.results import EVENTS, JSON, Media, to_plain
 
 RETRY_AFTER_S = 2
 STALL_S = 60.0  # a client that takes nothing for so long, or up to twice, counts as gone
 LINGER_S = 2.0  # a refused body is read and dropped for so long: its sender reads the answer after it
 CLIENT_CLOSED = 499  # nginx's status for a client that hung up: only the metrics see it
-EVENTS = "text/event-stream"
 
 
 def error_response(error: JobError, body: dict[str, Any] | None = None) -> JSONResponse:
@@ -130,7 +129,7 @@ class JobResponse(Response):
         elif isinstance(answer, str) and self._model is not None:  # a transcript, not a JSON string
             data, media_type = answer.encode(), "text/plain; charset=utf-8"
         else:
-            data, media_type = (await to_plain(answer))[1], "application/json"
+            data, media_type = (await to_plain(answer))[1], JSON
         queued, took = self._record.values["queue"], time.perf_counter() - begin
         if self._model is None and not isinstance(answer, Media):
             head = {"id": job.id, "status": "COMPLETED", "delayTime": _ms(queued), "executionTime": _ms(took)}

@@ -24,10 +24,10 @@ from shared.device import empty_cache, is_cuda_broken, is_out_of_memory
 from shared.errors import ENGINE_DIED, JobError, engine_died, invalid
 from shared.logs import job_id, log
 from shared.requests import Request, parse
-from shared.results import Result, has_bucket, posted_size, to_plain, too_large, upload
+from shared.results import EVENTS, JSON, Result, has_bucket, posted_size, to_plain, too_large, upload
 from shared.settings import WorkerSettings
 
-__all__ = ["Job", "JobHandler", "Request", "job_handler", "start_config"]
+__all__ = ["EVENTS", "JSON", "Answers", "Job", "JobHandler", "Request", "job_handler", "start_config"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,41 +57,53 @@ class Job:
             raise too_large(at_least, self.max_result_bytes, advice, bucket=self.transport == "queue")
 
 
+Answers = Mapping[type[BaseModel], Mapping[str, Any]]
+"""For each model of a request, the content types of its answers over HTTP and their types in Python.
+
+`JSON: EmbedResponse`, `"text/vtt": str`, `"audio/mpeg": bytes`; for EVENTS the type of an event's data. What
+/openapi.json states, and nothing else, comes from it.
+"""
 Work = Callable[[Any, Job], Awaitable[Any]]
 StreamWork = Callable[[Any, Job], AsyncGenerator[Any, None]]
 
 
 def job_handler(
-    *requests: type[BaseModel], routes: Mapping[str, type[BaseModel]] | None = None
+    *requests: type[BaseModel],
+    routes: Mapping[str, type[BaseModel]] | None = None,
+    answers: Answers | None = None,
 ) -> Callable[[Work], JobHandler]:
     """Turn a typed coroutine function into a JobHandler.
 
     requests: the models of the worker's own input; with several, the one whose fields the input has.
-    routes: OpenAI paths (`/v1/embeddings`) and the model of each one's body.
+    routes: OpenAI paths (`/v1/embeddings`) and the model of each one's body. answers: see `Answers`.
 
     The decorated function takes the request and its Job, and returns a pydantic model or a plain object. It
     raises JobError for what the client can change; any other exception is logged with its traceback, and the
     client receives an error without it.
     """
-    return lambda work: JobHandler(work, requests, dict(routes or {}))
+    return lambda work: JobHandler(work, requests, dict(routes or {}), answers or {})
 
 
 class JobHandler:
     """A worker's handler, in the two forms that the SDK knows: a coroutine and an async generator.
 
-    requests, routes: see `job_handler`. work, stream_work: the decorated functions; stream_work is None
-    where the worker does not stream. engine_metrics: an engine's own, which HTTP mode's /metrics appends.
+    requests, routes, answers: see `job_handler`. work, stream_work: the decorated functions; stream_work is
+    None where the worker does not stream. engine_metrics: an engine's own, for /metrics of HTTP mode.
     on_engine_death: ends the worker when its engine, a process, has died; `shared.startup.serve` sets it.
     """
 
     def __init__(
-        self, work: Work, requests: tuple[type[BaseModel], ...], routes: dict[str, type[BaseModel]]
+        self,
+        work: Work,
+        requests: tuple[type[BaseModel], ...],
+        routes: dict[str, type[BaseModel]],
+        answers: Answers,
     ) -> None:
         self.work = work
         self.stream_work: StreamWork | None = None
         self.engine_metrics: Callable[[], Awaitable[bytes]] | None = None
         self.on_engine_death: Callable[[JobError], None] = lambda _: None
-        self.requests, self.routes = requests, routes
+        self.requests, self.routes, self.answers = requests, routes, answers
         self.max_result_bytes = int(WorkerSettings.model_fields["max_result_mb"].default * 1e6)
         self.config: dict[str, Any] = {}
         self._tasks: set[asyncio.Task[Any]] = set()

@@ -15,6 +15,8 @@ from pydantic_core import PydanticSerializationError, from_json, to_json, to_jso
 from shared.errors import JobError, not_finite, replace_lone_surrogates
 from shared.logs import log
 
+JSON, EVENTS = "application/json", "text/event-stream"
+
 T = TypeVar("T")
 _PART = 256  # items of a list that are dumped at a time
 _BUCKET = ("BUCKET_ENDPOINT_URL", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY")

@@ -36,8 +36,11 @@ class Usage(BaseModel):
 # ---- the worker's own ----------------------------------------------------------------------------------
 
 
+_Texts = Annotated[list[str], Field(max_length=MAX_INPUTS)]
+
+
 class EmbedRequest(Request):
-    texts: Annotated[list[str], BeforeValidator(as_list)] = Field(
+    texts: Annotated[list[str], BeforeValidator(as_list, json_schema_input_type=str | _Texts)] = Field(
         default=[], max_length=MAX_INPUTS, description="The texts, or one text; an empty text is a text"
     )
     text: str | None = Field(None, description="A single text, used when `texts` is missing or empty")
@@ -73,6 +76,10 @@ class EmbedResponse(BaseModel):
 
 # ---- OpenAI's ------------------------------------------------------------------------------------------
 
+_Text = Annotated[str, Field(min_length=1)]
+_Lists = list[_Text] | list[int] | list[Annotated[list[int], Field(min_length=1)]]
+_Inputs = _Text | Annotated[_Lists, Field(min_length=1, max_length=MAX_INPUTS)]
+
 
 def _as_inputs(value: Any) -> Any:
     """OpenAI takes a text, a list of texts, one array of token ids, or a list of such arrays."""
@@ -98,7 +105,9 @@ def _as_inputs(value: Any) -> Any:
 class EmbeddingsRequest(OpenAIRequest):
     """The body of POST /v1/embeddings."""
 
-    input: Annotated[list[str] | list[list[int]], BeforeValidator(_as_inputs)] = Field(
+    input: Annotated[
+        list[str] | list[list[int]], BeforeValidator(_as_inputs, json_schema_input_type=_Inputs)
+    ] = Field(
         description="A text or a list of texts; with ACCEPT_TOKEN_IDS also an array of the model's own token "
         "ids, or a list of such arrays"
     )

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from shared import prewarm, startup
-from shared.jobs import Job, job_handler
+from shared.jobs import JSON, Job, job_handler
 from shared.settings import read_settings
 
 from .schemas import CountRequest, CountResponse, Settings
@@ -36,7 +36,7 @@ def load(settings: Settings) -> Engine:
 # ---- handle --------------------------------------------------------------------------------------------
 
 
-@job_handler(CountRequest)
+@job_handler(CountRequest, answers={CountRequest: {JSON: CountResponse}})
 async def handler(request: CountRequest, job: Job) -> CountResponse:
     counts = await engine.count(request.text, min_letters=request.min_letters)
     return CountResponse(**asdict(counts), model=model_name)

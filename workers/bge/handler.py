@@ -35,6 +35,7 @@ from shared.settings import read_settings
 
 from .families import choose_prompts, find_family, is_cross_encoder, set_pooling
 from .schemas import (
+    ANSWERS,
     ROUTES,
     Answer,
     CohereRerankRequest,
@@ -118,7 +119,7 @@ def load(settings: Settings) -> Engine:
 # ---- handle --------------------------------------------------------------------------------------------
 
 
-@job_handler(RetrievalRequest, RerankRequest, routes=ROUTES)
+@job_handler(RetrievalRequest, RerankRequest, routes=ROUTES, answers=ANSWERS)
 async def handler(request: RetrievalCall, job: Job) -> Answer:
     if isinstance(request, ModelsRequest):
         return model_list(engine.name)

@@ -18,6 +18,7 @@ from serving.embedding.schemas import (
 )
 from shared.openai import ModelList, ModelsRequest, OpenAIRequest
 from shared.requests import Request
+from shared.results import JSON
 
 
 class Settings(EmbeddingSettings):
@@ -146,4 +147,11 @@ ROUTES: dict[str, type[BaseModel]] = {
     "/v1/rerank": OpenAIRerankRequest,
     "/v2/rerank": CohereRerankRequest,
     "/v1/models": ModelsRequest,
+}
+ANSWERS: dict[type[BaseModel], dict[str, Any]] = {
+    RetrievalRequest: {JSON: RetrievalResponse},
+    RerankRequest: {JSON: RerankResponse},
+    RetrievalEmbeddingsRequest: {JSON: EmbeddingsResponse},
+    OpenAIRerankRequest: {JSON: RerankResponse},
+    CohereRerankRequest: {JSON: CohereRerankResponse},
 }

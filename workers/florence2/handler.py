@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from shared import prewarm, startup
 from shared.decoding import load_bytes
-from shared.jobs import Job, job_handler
+from shared.jobs import JSON, Job, job_handler
 from shared.logs import log
 from shared.openai import ModelList, ModelsRequest, model_list, usage
 from shared.settings import read_settings
@@ -77,7 +77,11 @@ def load(settings: Settings) -> Loaded:
 # ---- handle --------------------------------------------------------------------------------------------
 
 
-@job_handler(Florence2Request, routes={"/v1/models": ModelsRequest})
+@job_handler(
+    Florence2Request,
+    routes={"/v1/models": ModelsRequest},
+    answers={Florence2Request: {JSON: Florence2Response | Florence2Responses}},
+)
 async def handler(
     request: Florence2Request | ModelsRequest, job: Job
 ) -> Florence2Response | Florence2Responses | ModelList:

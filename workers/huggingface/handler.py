@@ -34,6 +34,7 @@ from .adapters import resolve_adapters
 from .checks import pick_adapter, refuse_unsupported
 from .responses import LogprobReader, Writer, writer_for
 from .schemas import (
+    ANSWERS,
     ROUTES,
     Answer,
     ChatRequest,
@@ -115,7 +116,7 @@ def load(settings: Settings) -> Engine:
 # ---- handle --------------------------------------------------------------------------------------------
 
 
-@job_handler(GenerateRequest, routes=ROUTES)
+@job_handler(GenerateRequest, routes=ROUTES, answers=ANSWERS)
 async def handler(
     request: GenerateRequest | ChatRequest | CompletionRequest | ModelsRequest, job: Job
 ) -> Answer:

@@ -13,6 +13,7 @@ from serving.openai_chat import (
     ADD_GENERATION_PROMPT,
     CONTINUE_FINAL_MESSAGE,
     ChatCompletion,
+    ChatCompletionChunk,
     ChatCompletionRequest,
     OpenAIGenerationRequest,
     TokenLogprobs,
@@ -21,6 +22,7 @@ from serving.openai_chat import (
 from shared.errors import invalid
 from shared.openai import ModelList, ModelsRequest, OpenAIRequest, Usage
 from shared.requests import Request
+from shared.results import EVENTS, JSON
 from shared.settings import DType
 
 from .adapters import check_adapters
@@ -76,6 +78,11 @@ def _join_text_parts(value: Any) -> Any:
     return "".join(part["text"] for part in value)
 
 
+class TextContent(OpenAIRequest):
+    type: Literal["text"]
+    text: str
+
+
 class Message(OpenAIRequest):
     """A message of a conversation. Fields beyond these are passed to the chat template unchanged."""
 
@@ -84,9 +91,9 @@ class Message(OpenAIRequest):
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description="Role of the author"
     )
-    content: Annotated[str | None, BeforeValidator(_join_text_parts)] = Field(
-        None, description="A string, or a list of text parts"
-    )
+    content: Annotated[
+        str | None, BeforeValidator(_join_text_parts, json_schema_input_type=str | list[TextContent] | None)
+    ] = Field(None, description="A string, or a list of text parts")
     tool_calls: list[dict[str, Any]] | None = Field(None, description="Tool calls of the assistant")
 
     def for_template(self, *, json_arguments: bool = False) -> dict[str, Any]:
@@ -127,6 +134,9 @@ def _as_prompts(value: Any) -> Any:
     return value
 
 
+Prompts = (
+    str | Annotated[list[str] | list[int] | list[list[int]], Field(min_length=1, max_length=MAX_SEQUENCES)]
+)
 Messages = Annotated[list[Message], Field(min_length=1)]
 Tools = list[dict[str, Any]]
 MaxTokens = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -185,6 +195,13 @@ class Choice(BaseModel):
     logprobs: TokenLogprobs | None = Field(exclude_if=is_none, description="As above")
 
 
+class TextPart(BaseModel):
+    """A part of a streamed answer. Its last part is a GenerateResponse."""
+
+    response: str = Field(description="The text since the last part")
+    index: int = Field(0, description="Number of the answer, where `n` is more than 1")
+
+
 class GenerateResponse(GenerationResponse):
     response: str = Field(description="The generated text, without the prompt; with `n` the first")
     lora: str | None = Field(None, exclude_if=is_none, description="Name of the adapter, where one was used")
@@ -218,7 +235,9 @@ class ChatRequest(ChatCompletionRequest):
 class CompletionRequest(OpenAIGenerationRequest):
     """The body of POST /v1/completions."""
 
-    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_as_prompts)] = Field(
+    prompt: Annotated[
+        list[str] | list[list[int]], BeforeValidator(_as_prompts, json_schema_input_type=Prompts)
+    ] = Field(
         min_length=1, max_length=MAX_SEQUENCES, description="One or several, as strings or as token ids"
     )
     max_tokens: MaxTokens | None = Field(
@@ -254,4 +273,9 @@ ROUTES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
     "/v1/models": ModelsRequest,
+}
+ANSWERS: dict[type[BaseModel], dict[str, Any]] = {
+    GenerateRequest: {JSON: GenerateResponse, EVENTS: TextPart | GenerateResponse},
+    ChatRequest: {JSON: ChatCompletion, EVENTS: ChatCompletionChunk},
+    CompletionRequest: {JSON: Completion, EVENTS: Completion},
 }

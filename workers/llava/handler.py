@@ -37,7 +37,7 @@ from shared.jobs import Job, job_handler
 from shared.openai import ModelsRequest, Usage, check_model, model_list, usage
 from shared.settings import read_settings
 
-from .schemas import ROUTES, Answer, GenerationRequest, LlavaRequest, LlavaResponse, Settings
+from .schemas import ANSWERS, ROUTES, Answer, GenerationRequest, LlavaRequest, LlavaResponse, Settings
 
 if TYPE_CHECKING:
     from serving.continuous_batching.generator import Generator, TextDelta
@@ -94,7 +94,7 @@ def load(settings: Settings) -> Engine:
 # ---- handle --------------------------------------------------------------------------------------------
 
 
-@job_handler(LlavaRequest, routes=ROUTES)
+@job_handler(LlavaRequest, routes=ROUTES, answers=ANSWERS)
 async def handler(request: LlavaRequest | ChatCompletionRequest | ModelsRequest, job: Job) -> Answer:
     if isinstance(request, ModelsRequest):
         return model_list(engine.name)

@@ -11,12 +11,14 @@ from serving.openai_chat import (
     ADD_GENERATION_PROMPT,
     CONTINUE_FINAL_MESSAGE,
     ChatCompletion,
+    ChatCompletionChunk,
     ChatCompletionRequest,
     Messages,
 )
 from shared.errors import invalid
 from shared.openai import ModelList, ModelsRequest
 from shared.requests import Request
+from shared.results import EVENTS, JSON
 
 DEFAULT_MAX_TOKENS = 512
 DEFAULT_PROMPT = "Describe this image."
@@ -73,6 +75,12 @@ class LlavaRequest(SamplingFields, PromptFields):
         return self
 
 
+class TextPart(BaseModel):
+    """A part of a streamed answer. Its last part is a LlavaResponse."""
+
+    response: str = Field(description="The text since the last part")
+
+
 class LlavaResponse(GenerationResponse):
     pass
 
@@ -82,4 +90,8 @@ Answer = LlavaResponse | ChatCompletion | ModelList
 ROUTES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/models": ModelsRequest,
+}
+ANSWERS: dict[type[BaseModel], dict[str, Any]] = {
+    LlavaRequest: {JSON: LlavaResponse, EVENTS: TextPart | LlavaResponse},
+    ChatCompletionRequest: {JSON: ChatCompletion, EVENTS: ChatCompletionChunk},
 }

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from serving.embedding import answers
 from shared import prewarm, startup
-from shared.jobs import Job, job_handler
+from shared.jobs import JSON, Job, job_handler
 from shared.openai import ModelList, ModelsRequest, check_model, model_list
 from shared.settings import read_settings
 
@@ -67,7 +67,11 @@ def load(settings: Settings) -> Engine:
 # ---- handle --------------------------------------------------------------------------------------------
 
 
-@job_handler(EmbedRequest, routes={"/v1/embeddings": EmbeddingsRequest, "/v1/models": ModelsRequest})
+@job_handler(
+    EmbedRequest,
+    routes={"/v1/embeddings": EmbeddingsRequest, "/v1/models": ModelsRequest},
+    answers={EmbedRequest: {JSON: EmbedResponse}, EmbeddingsRequest: {JSON: EmbeddingsResponse}},
+)
 async def handler(
     request: EmbedRequest | EmbeddingsRequest | ModelsRequest, job: Job
 ) -> EmbedResponse | EmbeddingsResponse | ModelList:

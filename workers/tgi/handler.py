@@ -34,7 +34,7 @@ from shared.settings import read_settings
 
 from . import answers, launcher
 from .engine import Engine, describe
-from .schemas import ROUTES, GenerateRequest, GenerateResponse, OpenAICall, Settings
+from .schemas import ANSWERS, ROUTES, GenerateRequest, GenerateResponse, OpenAICall, Settings
 
 # ---- load ----------------------------------------------------------------------------------------------
 
@@ -62,7 +62,7 @@ def load(settings: Settings, server: EngineServer, revision: str | None) -> Engi
 # ---- handle --------------------------------------------------------------------------------------------
 
 
-@job_handler(GenerateRequest, routes=ROUTES)
+@job_handler(GenerateRequest, routes=ROUTES, answers=ANSWERS)
 async def handler(
     request: GenerateRequest | OpenAICall | ModelsRequest, job: Job
 ) -> GenerateResponse | ModelList | dict[str, Any]:

@@ -14,10 +14,12 @@ from pydantic import (
     model_validator,
 )
 
+from serving.engine_server.openai_objects import ChatCompletion, ChatCompletionChunk, Completion
 from serving.openai_chat import StreamOptions
 from shared.errors import invalid
 from shared.jobs import Request
 from shared.openai import ModelsRequest, OpenAIRequest, Usage
+from shared.results import EVENTS, JSON
 from shared.settings import WorkerSettings
 
 # ---- settings ------------------------------------------------------------------------------------------
@@ -91,11 +93,10 @@ def _as_list(value: Any) -> Any:
     return [] if value is None else [value] if isinstance(value, str) else value
 
 
-Stop = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=200)]],
-    BeforeValidator(_as_list),
-    Field(max_length=64),
-]
+_StopText = Annotated[str, Field(min_length=1, max_length=200)]
+_StopList = Annotated[list[_StopText], Field(max_length=64)]
+Stop = Annotated[_StopList, BeforeValidator(_as_list, json_schema_input_type=_StopText | _StopList)]
+_Prompts = Annotated[list[str], Field(min_length=1)]
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
 Tokens = Annotated[int, Field(ge=1, le=1_000_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -226,7 +227,7 @@ class ChatRequest(OpenAIBody):
 class CompletionRequest(OpenAIBody):
     """The body of POST /v1/completions."""
 
-    prompt: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)] = Field(
+    prompt: Annotated[_Prompts, BeforeValidator(_as_list, json_schema_input_type=str | _Prompts)] = Field(
         description="A text, or up to MAX_CLIENT_BATCH_SIZE (4)"
     )
 
@@ -246,6 +247,12 @@ ROUTES: dict[str, type[BaseModel]] = {
 # ---- responses -----------------------------------------------------------------------------------------
 
 
+class TextPart(BaseModel):
+    """A part of a streamed answer. Its last part is a GenerateResponse."""
+
+    response: str = Field(description="The text since the last part")
+
+
 class GenerateResponse(BaseModel):
     response: str = Field(description="The answer, without the prompt")
     finish_reason: Literal["stop", "length"] = Field(
@@ -257,3 +264,10 @@ class GenerateResponse(BaseModel):
     usage: Usage
     model: str = Field(description="The model, as MODEL_NAME gives it")
     revision: str | None = Field(description="Its commit, where known")
+
+
+ANSWERS: dict[type[BaseModel], dict[str, Any]] = {
+    GenerateRequest: {JSON: GenerateResponse, EVENTS: TextPart | GenerateResponse},
+    ChatRequest: {JSON: ChatCompletion, EVENTS: ChatCompletionChunk},
+    CompletionRequest: {JSON: Completion, EVENTS: Completion},
+}

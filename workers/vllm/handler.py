@@ -41,6 +41,7 @@ from shared.openai import ModelsRequest
 from shared.settings import read_settings
 
 from . import launcher
+from .answers import ANSWERS
 from .schemas import ROUTES, Call, GenerateRequest, RouteRequest, Settings, without_nulls
 
 DEFAULT_TOKENS = 512
@@ -95,7 +96,7 @@ def concurrency(metrics: str, max_num_seqs: int) -> int:
 AnyRequest = GenerateRequest | RouteRequest | Call | ModelsRequest
 
 
-@job_handler(GenerateRequest, RouteRequest, routes=ROUTES)
+@job_handler(GenerateRequest, RouteRequest, routes=ROUTES, answers=ANSWERS)
 async def handler(request: AnyRequest, job: Job) -> dict[str, Any]:
     method, path, body = engine_request(request)
     try:

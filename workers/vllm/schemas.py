@@ -196,8 +196,39 @@ class Call(OpenAIRequest):
         return body
 
 
+# What vLLM requires there, and the field's kind.
+_REQUIRED: dict[str, dict[str, Any]] = {
+    "completions": {"prompt": {}},
+    "embeddings": {"input": {}},
+    "responses": {"input": {}},
+    "messages": {
+        "messages": {"type": "array"},
+        "model": {"type": "string"},
+        "max_tokens": {"type": "integer"},
+    },
+    "count_tokens": {"messages": {"type": "array"}, "model": {"type": "string"}},
+    "rerank": {"query": {}, "documents": {}},
+    "detokenize": {"tokens": {"type": "array", "items": {"type": "integer"}}},
+}
+
+
 def _call(path: str) -> type[Call]:
-    model = create_model(f"Call {path}", __base__=Call)
+    """The model of a route. Its JSON schema has the names of vLLM's fields."""
+    chat = path == "/v1/chat/completions"
+    required = {"messages": {"type": "array"}} if chat else _REQUIRED.get(path.rpartition("/")[2], {})
+    names = engine_table()["fields"]["chat" if chat else "completion"] if "completions" in path else []
+
+    def describe(schema: dict[str, Any]) -> None:
+        schema["properties"] = {**{name: {} for name in names}, **required, **schema["properties"]}
+        if required:
+            schema["required"] = [*required]
+
+    model = create_model(
+        "Call" + path.title().replace("/", ""),
+        __base__=Call,
+        __doc__=f"The body of POST {path}, which vLLM checks.",
+    )
+    model.model_config["json_schema_extra"] = describe
     model.path = path
     return model
 

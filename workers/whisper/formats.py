@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from shared.results import Media
 
 from .schemas import (
+    MEDIA_TYPES,
     Chunk,
     DurationUsage,
     OpenAIText,
@@ -53,9 +54,6 @@ def format_transcript(
         words=transcript.words if words else None,
         usage=DurationUsage(seconds=transcript.duration),
     )
-
-
-MEDIA_TYPES = {"text": "text/plain", "srt": "application/x-subrip", "vtt": "text/vtt"}
 
 
 def as_media(text: str, response_format: ResponseFormat) -> Media:

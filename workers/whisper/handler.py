@@ -39,6 +39,7 @@ from shared.settings import read_settings
 
 from .formats import as_media, respond, respond_openai
 from .schemas import (
+    ANSWERS,
     OpenAIText,
     OpenAIVerbose,
     Settings,
@@ -114,6 +115,7 @@ def load(settings: Settings) -> Model:
         "/v1/audio/translations": TranslationRequest,
         "/v1/models": ModelsRequest,
     },
+    answers=ANSWERS,
 )
 async def handler(
     request: WhisperRequest | TranscriptionRequest | TranslationRequest | ModelsRequest, job: Job

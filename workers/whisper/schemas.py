@@ -9,10 +9,12 @@ from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_v
 from shared.errors import invalid
 from shared.openai import OpenAIRequest
 from shared.requests import MediaSource, Request
+from shared.results import EVENTS, JSON
 from shared.settings import WorkerSettings
 
 ResponseFormat = Literal["json", "text", "srt", "vtt", "verbose_json"]
 Task = Literal["transcribe", "translate"]
+MEDIA_TYPES = {"text": "text/plain", "srt": "application/x-subrip", "vtt": "text/vtt"}
 
 
 class Settings(WorkerSettings):
@@ -151,7 +153,8 @@ class WhisperResponse(BaseModel):
 
 # ---- OpenAI's ------------------------------------------------------------------------------------------
 
-Granularities = list[Literal["segment", "word"]]
+Granularity = Literal["segment", "word"]
+Granularities = list[Granularity]
 
 
 def _as_list(value: Any) -> Any:
@@ -188,9 +191,9 @@ class TranslationRequest(OpenAIRequest):
 
 class TranscriptionRequest(TranslationRequest):
     language: str | None = Field(None, description="Spoken language; unset: detected")
-    timestamp_granularities: Annotated[Granularities, BeforeValidator(_as_list)] = Field(
-        default=["segment"], max_length=2, description="Only with verbose_json"
-    )
+    timestamp_granularities: Annotated[
+        Granularities, BeforeValidator(_as_list, json_schema_input_type=Granularity | Granularities)
+    ] = Field(default=["segment"], max_length=2, description="Only with verbose_json")
 
     @model_validator(mode="before")
     @classmethod
@@ -245,3 +248,15 @@ class TextDelta(BaseModel):
 class TextDone(BaseModel):
     type: Literal["transcript.text.done"] = "transcript.text.done"
     text: str
+
+
+OPENAI_ANSWERS: dict[str, Any] = {
+    JSON: OpenAIText | OpenAIVerbose,
+    **dict.fromkeys(MEDIA_TYPES.values(), str),
+    EVENTS: TextDelta | TextDone,
+}
+ANSWERS: dict[type[BaseModel], dict[str, Any]] = {
+    WhisperRequest: {JSON: WhisperResponse | OpenAIVerbose | str, EVENTS: StreamedSegment | WhisperResponse},
+    TranscriptionRequest: OPENAI_ANSWERS,
+    TranslationRequest: OPENAI_ANSWERS,
+}

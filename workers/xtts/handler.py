@@ -34,6 +34,7 @@ from shared.settings import read_settings
 
 from .openai_speech import caller_names, to_xtts_request
 from .schemas import (
+    ANSWERS,
     MEDIA_TYPES,
     Format,
     Settings,
@@ -103,7 +104,10 @@ def load(settings: Settings) -> Engine:
 
 
 @job_handler(
-    XttsRequest, VoicesRequest, routes={"/v1/audio/speech": SpeechRequest, "/v1/models": ModelsRequest}
+    XttsRequest,
+    VoicesRequest,
+    routes={"/v1/audio/speech": SpeechRequest, "/v1/models": ModelsRequest},
+    answers=ANSWERS,
 )
 async def handler(
     request: XttsRequest | VoicesRequest | SpeechRequest | ModelsRequest, job: Job

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from shared.errors import invalid
 from shared.openai import OpenAIRequest
 from shared.requests import Request
+from shared.results import EVENTS, JSON
 from shared.settings import DType, WorkerSettings
 
 Language = Literal[
@@ -68,10 +69,10 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+_Recording = Annotated[str, Field(min_length=1)]
+_Recordings = Annotated[list[_Recording], Field(min_length=1, max_length=MAX_RECORDINGS)]
 Recordings = Annotated[
-    list[Annotated[str, Field(min_length=1)]],
-    BeforeValidator(_as_list),
-    Field(min_length=1, max_length=MAX_RECORDINGS),
+    _Recordings, BeforeValidator(_as_list, json_schema_input_type=_Recording | _Recordings)
 ]
 
 
@@ -172,3 +173,10 @@ class VoicesResponse(BaseModel):
     default: str | None = Field(description="The voice of a request that names none")
     languages: list[str] = Field(description="Values of `language`")
     formats: list[str] = Field(description="Values of `response_format`")
+
+
+ANSWERS: dict[type[BaseModel], dict[str, Any]] = {
+    XttsRequest: {JSON: XttsResponse, EVENTS: XttsChunk | XttsResponse},
+    VoicesRequest: {JSON: VoicesResponse},
+    SpeechRequest: dict.fromkeys(MEDIA_TYPES.values(), bytes),
+}

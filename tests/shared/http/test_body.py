@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import pytest
@@ -46,6 +47,28 @@ async def test_json_arrives_in_any_number_of_chunks_under_any_type() -> None:
         asked = request(*map(chunk, split), chunk(b"", more=False), content_type=kind)
         assert await read_fields(asked) == ({"a": "\u00e9"}, False)
     assert await read_fields(request(chunk(b" ", more=False))) == ({}, False)
+
+
+LARGE = {
+    "10,000 texts": {"input": ["a text of some words, and a comma " * 6] * 10_000},
+    "a file of 20 MB": {"file": "QUJD" * (7 * 2**20)},
+    "numbers in a text": {"input": "1," * 5_000_000 + '\\"'},
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+async def test_a_large_body_leaves_the_event_loop_free(case: str) -> None:
+    """The time that this thread computes counts: other processes may hold the cores."""
+    body = json.dumps(LARGE[case]).encode()
+    begin = time.thread_time()
+    fields, _ = await read_fields(request(chunk(body, more=False)))
+    assert time.thread_time() - begin < 0.1
+    assert fields == LARGE[case]
+
+
+async def test_a_body_of_too_many_values_is_refused() -> None:
+    body = b'{"input": [%s]}' % b",".join([b"1"] * (http_body.MAX_VALUES + 1))
+    assert await problem(request(chunk(body, more=False))) == ("too_large", 413)
 
 
 @pytest.mark.parametrize("body", [b"{", b"[1]", b'"a"', b"\xff\xfe", b"<a/>", b"[" * 100_000, b"null"])

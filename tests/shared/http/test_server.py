@@ -37,6 +37,8 @@ def test_it_listens_while_the_model_loads() -> None:
 
 
 def test_neither_the_sdk_nor_a_model_library_is_imported(server: Server) -> None:
+    private = {"file": f"{server.url}/ping"}
+    assert "non-public" in httpx.post(f"{server.url}/v1/audio/transcriptions", json=private).text
     assert server.work(text="hi").json()["output"]["modules"] == []
     assert any("SERVE_MODE" not in line and f"PORT={server.port}" in line for line in server.log)
 

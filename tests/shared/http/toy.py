@@ -15,7 +15,7 @@ from shared import prewarm, startup, telemetry
 from shared.decoding import load_bytes
 from shared.device import is_out_of_memory
 from shared.errors import JobError, StartError, engine_died, invalid
-from shared.jobs import Job, JobHandler, job_handler
+from shared.jobs import EVENTS, JSON, Job, JobHandler, job_handler
 from shared.openai import DONE, ModelList, ModelsRequest, OpenAIRequest, check_model, model_list, usage
 from shared.requests import MediaSource, Request
 from shared.results import Media
@@ -46,6 +46,11 @@ class WorkResponse(BaseModel):
     text: str
     modules: list[str] = []
     usage: dict[str, int] = {}
+
+
+class WorkPart(BaseModel):
+    text: str
+    number: int
 
 
 class ChatRequest(OpenAIRequest):
@@ -90,8 +95,8 @@ def check(fault: Fault | None) -> None:
             raise error
 
 
-def event(text: str) -> str:
-    choice = {"index": 0, "delta": {"content": text}, "finish_reason": None}
+def event(text: str, finish_reason: str | None) -> str:
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish_reason}
     chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "toy", "choices": [choice]}
     return f"data: {json.dumps(chunk)}\n\n"
 
@@ -106,6 +111,12 @@ def make_handler() -> JobHandler:
             "/v1/audio/transcriptions": TranscribeRequest,
             "/v1/audio/speech": SpeechRequest,
             "/v1/models": ModelsRequest,
+        },
+        answers={
+            WorkRequest: {JSON: WorkResponse, EVENTS: WorkPart},
+            ChatRequest: {JSON: dict[str, Any], EVENTS: dict[str, Any]},
+            TranscribeRequest: {JSON: dict[str, Any], "text/plain": str, "audio/wav": bytes},
+            SpeechRequest: {"audio/wav": bytes},
         },
     )
     async def handler(request: Any, job: Job) -> WorkResponse | ModelList | Media | str | dict[str, Any]:
@@ -149,7 +160,7 @@ def make_handler() -> JobHandler:
                 case WorkRequest():
                     yield {"text": request.text or "x" * request.size, "number": number}
                 case _:
-                    yield event("abc"[number])
+                    yield event("abc"[number], "stop" if number == parts - 1 else None)
             await asyncio.sleep(getattr(request, "seconds", 0))
         if isinstance(request, ChatRequest):
             yield DONE
