@@ -29,11 +29,11 @@ THREADS = {"OMP_NUM_THREADS": "1"}
 # Not measured by this module.
 STEP_THREADS = """## Threads of a decode step
 
-Streams of 64 tokens over HTTP on two cores, medians in seconds, 2026-11-28: torch's two threads throughout, and
-the number chosen by trial (serving/continuous_batching/step_threads.py). Busy: two endless loops beside. In the
-same run, by turns, 4 times (50 million) or 3 to 9 (tiny), with a priority over the machine's other load, which
-was high. Passive waiting (OMP_WAIT_POLICY) is no cure: 50 streams of the larger model took 6.54 s idle, and
-3.98 s without it.
+Streams of 64 tokens over HTTP on two cores, medians in seconds, 2026-11-28: torch's two threads throughout,
+and the number chosen by trial (serving/continuous_batching/step_threads.py). Busy: two endless loops beside.
+By turns in the same run, 4 times (50 million) or 3 to 9 (tiny). Other processes ran on the machine; these
+had a priority over them. Passive waiting (OMP_WAIT_POLICY) is no cure: 50 streams of the larger model took
+6.54 s idle, and 3.98 s without it.
 
 | model, streams | two threads | by trial | two threads, busy | by trial, busy |
 | --- | --- | --- | --- | --- |
