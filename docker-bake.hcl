@@ -84,6 +84,7 @@ WORKERS = {
   xtts                  = { base = "python", about = "XTTS: speech in seventeen languages, built-in and cloned voices" }
 }
 
+# Renovate adds the digest to each image, as in python:3.12-slim-trixie@sha256:..., and keeps it.
 BASES = {
   python = { image = "docker.io/library/python:3.12-slim-trixie", cuda = "13.0" }
   tgi    = { image = "ghcr.io/huggingface/text-generation-inference:3.3.7", cuda = "12.4" }
@@ -99,14 +100,14 @@ function "base" {
 
 tag = regex("^(?:dev|[0-9]+[.][0-9]+[.][0-9]+(?:-[0-9A-Za-z.]+)?)$", TAG)
 
-# 1.4.2 -> 1.4.2, 1.4.2-cuda13.0, 1.4; 1.4.2-rc.1 -> 1.4.2-rc.1, 1.4.2-rc.1-cuda13.0; dev -> dev; and
-# sha-<commit>. RunPod's hosts cache images by tag, so nothing is ever called latest.
+# 1.4.2 -> 1.4.2, 1.4.2-cuda13.0; 1.4.2-rc.1 -> 1.4.2-rc.1, 1.4.2-rc.1-cuda13.0; dev -> dev; and sha-<commit>.
+# RunPod's hosts cache images by tag: a tag that moves, such as latest or 1.4, names one image on one host and
+# another on the next. Only dev moves; an endpoint takes sha-<commit> in its place.
 function "tags" {
   params = [worker]
   result = formatlist("${REGISTRY}/worker-${worker}:%s", concat(
     [tag],
     tag == "dev" ? [] : ["${tag}-cuda${BASES[WORKERS[worker].base].cuda}"],
-    length(regexall("^[0-9.]+$", tag)) == 0 ? [] : [join(".", slice(split(".", tag), 0, 2))],
     REVISION == "" ? [] : ["sha-${substr(REVISION, 0, 12)}"],
   ))
 }

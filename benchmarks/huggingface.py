@@ -26,6 +26,24 @@ JOBS, TOKENS, ARRIVALS, GAP = 16, 64, 24, 0.03
 THREADS = {"OMP_NUM_THREADS": "1"}
 
 
+# Not measured by this module.
+STEP_THREADS = """## Threads of a decode step
+
+Streams of 64 tokens over HTTP on two cores, medians in seconds, 2026-11-28: torch's two threads throughout,
+and the number chosen by trial (serving/continuous_batching/step_threads.py). Busy: two endless loops beside.
+By turns in the same run, 4 times (50 million) or 3 to 9 (tiny). Other processes ran on the machine; these
+had a priority over them. Passive waiting (OMP_WAIT_POLICY) is no cure: 50 streams of the larger model took
+6.54 s idle, and 3.98 s without it.
+
+| model, streams | two threads | by trial | two threads, busy | by trial, busy |
+| --- | --- | --- | --- | --- |
+| 50 million, 1 | 1.08 | 1.08 |  |  |
+| 50 million, 50 | 3.88 | 3.92 |  |  |
+| tiny, 1 | 0.047 | 0.043 | 0.350 | 0.104 |
+| tiny, 50 | 0.309 | 0.221 | 17.9 | 0.304 |
+"""
+
+
 def make_larger(folder: Path) -> None:
     tiny_causal.make(folder, hidden=512, layers=15)
 
@@ -141,7 +159,8 @@ Written by `python -m benchmarks huggingface`.
 {table(["machine", ""], list(where.items()))}
 
 Not measured: a GPU, for want of one.
-"""
+
+{STEP_THREADS}"""
     numbers = {"machine": where, **found, "goals": [list(goal) for goal in goals]}
     return text, numbers
 

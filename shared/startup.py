@@ -6,6 +6,7 @@ RunPod replaces the worker. A crash loop is billed by the second, an answer once
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import importlib
@@ -203,6 +204,7 @@ def serve(handler: JobHandler, prepare: Prepare, *, worker: str) -> None:
 
     A worker whose engine process has died exits with status 1, after what was in flight is answered.
     """
+    _bound_arenas()
     mode: telemetry.Mode = "http" if os.environ.get("SERVE_MODE", "").strip() == "http" else "queue"
     flush = telemetry.start_otlp(worker, mode)
 
@@ -262,6 +264,18 @@ def _end_at_sigterm(leave: Callable[[int], object] = sys.exit) -> None:
     main = threading.current_thread() is threading.main_thread()
     if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda *_: leave(128 + signal.SIGTERM))
+
+
+def _bound_arenas() -> None:
+    """Give malloc two arenas, unless MALLOC_ARENA_MAX says how many.
+
+    glibc makes up to eight a core, and each keeps freed memory. From the first to the last fifth of 2,000
+    mixed jobs the sentence-transformers worker grew from 676 to 732 MiB, with two arenas from 700 to 716, in
+    the same time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
+        mallopt(-8, 2)  # M_ARENA_MAX of malloc.h; it has no effect once threads have made more
 
 
 def _import_quietly(module: str) -> None:

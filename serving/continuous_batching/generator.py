@@ -36,6 +36,7 @@ from serving.continuous_batching.kv_cache import (
     supports_joining_batches,
 )
 from serving.continuous_batching.sampling import Logprob, SamplingParams
+from serving.continuous_batching.step_threads import StepThreads
 from serving.continuous_batching.text_sequence import FinishReason, TextSequence, collate, prefill_key
 from shared.errors import JobError
 from shared.logs import log
@@ -96,6 +97,7 @@ class Generator(DecodeLoop[TextSequence]):
         }
         pads = (tokenizer.pad_token_id, *self.eos_token_ids)
         self.pad_token_id: int = next((token_id for token_id in pads if token_id is not None), 0)
+        self.threads = StepThreads(torch.get_num_threads() if self.device.type == "cpu" else 1)
         self.max_batch_size = max_batch_size
         self.max_cache_tokens = max_cache_tokens or cache_budget(model)
         self.joins = supports_joining_batches(model)
@@ -212,6 +214,7 @@ class Generator(DecodeLoop[TextSequence]):
             self._generate(sequences)
 
     def prefill(self, sequences: list[TextSequence]) -> tuple[DecodeBatch[TextSequence], torch.Tensor]:
+        self.threads.use(self.threads.threads)
         self._select_adapters(sequences)
         inputs = self._collate(sequences)
         mask = inputs.get("attention_mask")  # (batch, longest)
@@ -227,9 +230,13 @@ class Generator(DecodeLoop[TextSequence]):
     def decode(self, batch: DecodeBatch[TextSequence]) -> torch.Tensor:
         self._select_adapters(batch.sequences)
         mask = torch.cat([batch.attention_mask, torch.ones_like(batch.attention_mask[:, :1])], dim=1)
-        output = self.model(
-            input_ids=batch.token_ids, attention_mask=mask, position_ids=mask.sum(dim=1, keepdim=True) - 1,
-            past_key_values=batch.cache, use_cache=True,
+        positions = mask.sum(dim=1, keepdim=True) - 1  # (batch, 1)
+        output = self.threads.run(
+            lambda: self.model(
+                input_ids=batch.token_ids, attention_mask=mask, position_ids=positions,
+                past_key_values=batch.cache, use_cache=True,
+            ),
+            len(batch.sequences),
         )  # fmt: skip
         batch.attention_mask, batch.cache = mask, output.past_key_values
         logits: torch.Tensor = output.logits[:, -1]  # (batch, vocab)

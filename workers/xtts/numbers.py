@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from functools import partial
+from typing import Any
 
 from num2words import num2words
 from TTS.tts.layers.xtts.zh_num2words import num2chn
@@ -63,6 +64,17 @@ _TURKISH_PART = re.compile(
     r"(?!inci|nci|ıncı|üncü|uncu|ncı)"
 )
 _CZECH_HUNDREDS = re.compile(r"(dvě)(stě)|(tři|čtyři)(sta)|(pět|šest|sedm|osm|devět)(set)")
+_YEAR = re.compile(r"1[1-9]\d\d|20[1-9]\d")
+_BEFORE_A_YEAR = {
+    "en": re.compile(
+        r"\b(in|since|by|until|till|from|of|before|after|during|year|early|mid|late|summer|winter|spring|autumn|"
+        r"fall|(jan|febr)uary|march|april|may|june|july|august|(septem|octo|novem|decem)ber)"
+        r"( \d\d?(st|nd|rd|th)?,?)?[ -]$|\b(1[1-9]|20)\d\d[-–]$",
+        re.IGNORECASE,
+    ),
+    "de": re.compile(""),  # 1500 people are fifteen hundred there too
+    "nl": re.compile(""),
+}
 _COUNTED = re.compile(r"(?<![\d.,])(\d{1,2}) ?(개|명|살|마리|시간|시|잔|권|번|대)(?!째)")  # native numerals
 
 
@@ -101,6 +113,8 @@ def _quantity(match: re.Match[str], language: str) -> str:
         words = joint.join(cardinal(part, language) for part in re.split("[.,]", match["number"]))
     elif sign:
         words = _amount(whole, fraction, sign, language, match["magnitude"] or "")
+    elif match.group() == whole and _is_year(match, language):
+        words = str(num2words(int(whole), lang=language, to="year"))
     else:
         words = _number(whole, fraction, language) + (match["magnitude"] or "")
     if match["minus"] or match["minus2"]:
@@ -110,6 +124,11 @@ def _quantity(match: re.Match[str], language: str) -> str:
         before, after = match.string[begin - 1 : begin], match.string[end : end + 1]
         words = " " * before.isalpha() + words + " " * after.isalpha()
     return words
+
+
+def _is_year(match: re.Match[str], language: str) -> bool:
+    before = _BEFORE_A_YEAR.get(language)
+    return bool(before and _YEAR.fullmatch(match[0]) and before.search(match.string[: match.start()]))
 
 
 def _is_left_to_the_library(match: re.Match[str]) -> bool:
@@ -179,7 +198,7 @@ def _number(whole: str, fraction: str, language: str) -> str:
         return str(num2chn(f"{int(whole)}.{fraction}"))
     if language not in DECIMAL_MARK:
         try:
-            return str(num2words(float(f"{whole}.{fraction}"), lang=language))
+            return _num2words(float(f"{whole}.{fraction}"), language)
         except Exception:
             return f"{cardinal(whole, language)} {_digits(fraction, language)}"
     mark = DECIMAL_MARK[language]
@@ -212,12 +231,19 @@ def _cardinal(number: int, language: str) -> str:
         return str(num2chn(str(number)))
     if language == "hi":
         return _hindi(number)
-    words = str(num2words(number, lang=language))
+    words = _num2words(number, language)
     if language == "tr":
         return _TURKISH_PART.sub(r"\1 ", words)
     if language == "cs":
         return _CZECH_HUNDREDS.sub(lambda match: " ".join(filter(None, match.groups())), words)
     return words
+
+
+def _num2words(number: float, language: str, **options: Any) -> str:
+    """Portuguese is Brazil's, as the model speaks it. num2words separates its thousands by a comma."""
+    if language != "pt":
+        return str(num2words(number, lang=language, **options))
+    return str(num2words(number, lang="pt_BR", **options)).replace(",", "")
 
 
 def _hindi(number: int) -> str:
@@ -255,7 +281,7 @@ def _ordinal(match: re.Match[str], language: str) -> str:
         if language == "ru":
             ending = suffix[-1]
             options = {"gender": {"я": "f", "е": "n"}.get(ending, "m"), "case": "g" if ending == "о" else "n"}
-        words = str(num2words(number, lang=language, ordinal=True, **options))
+        words = _num2words(number, language, ordinal=True, **options)
     except Exception:  # num2words has many for its limits
         return match[0]
     if language == "de" and _OBLIQUE.search(match.string[: match.start()]):

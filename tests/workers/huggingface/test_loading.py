@@ -107,6 +107,13 @@ async def test_max_model_len_is_what_the_setting_says() -> None:
     assert "the model takes 40" in problem["message"]
 
 
+def test_max_model_len_above_the_models_own_warns(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(MAX_MODEL_LEN="1000000") as module:
+        own = module.engine.generator.max_model_len
+        assert f"max_model_len=1000000: the model takes {own} tokens" in capsys.readouterr().out
+        assert own == module.engine.generator.model.config.max_position_embeddings
+
+
 def test_encoder_decoders_are_refused(plain_model: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
     (tmp_path / "model.safetensors").touch()
