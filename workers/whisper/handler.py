@@ -40,6 +40,7 @@ from shared.settings import read_settings
 from .formats import as_media, respond, respond_openai
 from .schemas import (
     ANSWERS,
+    ROUTES,
     OpenAIText,
     OpenAIVerbose,
     Settings,
@@ -110,11 +111,7 @@ def load(settings: Settings) -> Model:
 
 @job_handler(
     WhisperRequest,
-    routes={
-        "/v1/audio/transcriptions": TranscriptionRequest,
-        "/v1/audio/translations": TranslationRequest,
-        "/v1/models": ModelsRequest,
-    },
+    routes=ROUTES,
     answers=ANSWERS,
 )
 async def handler(

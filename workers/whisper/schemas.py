@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
 from shared.errors import invalid
-from shared.openai import OpenAIRequest
+from shared.openai import ModelsRequest, OpenAIRequest
 from shared.requests import MediaSource, Request
 from shared.results import EVENTS, JSON
 from shared.settings import WorkerSettings
@@ -250,6 +250,11 @@ class TextDone(BaseModel):
     text: str
 
 
+ROUTES: dict[str, type[BaseModel]] = {
+    "/v1/audio/transcriptions": TranscriptionRequest,
+    "/v1/audio/translations": TranslationRequest,
+    "/v1/models": ModelsRequest,
+}
 OPENAI_ANSWERS: dict[str, Any] = {
     JSON: OpenAIText | OpenAIVerbose,
     **dict.fromkeys(MEDIA_TYPES.values(), str),
