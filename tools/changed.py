@@ -19,7 +19,7 @@ from tools.workers import ROOT, worker_names
 # What decides how every image is built.
 FOR_ALL = {"docker-bake.hcl", ".dockerignore", ".github/workflows/images.yml"}
 # Kept out of the build by .dockerignore.
-NEVER = (".md", ".in")
+NEVER = (".md", ".in", "/deploy.toml")
 
 
 def sources(dockerfile: str) -> set[str]:

@@ -16,7 +16,7 @@ from tools import bake, changed
 from tools.workers import ROOT, worker_names
 
 FILES = {
-    *("handler.py", "schemas.py", "test_input.json", "README.md"),
+    *("handler.py", "schemas.py", "test_input.json", "README.md", "deploy.toml"),
     *("Dockerfile", "requirements.in", "requirements.txt"),
 }
 VERBS = ("run", "serve", "build", "push", "shell")

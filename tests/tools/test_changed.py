@@ -39,6 +39,7 @@ def test_an_edit_in_serving_builds_an_image_that_imports_it_and_no_other(name: s
         ("workers/torch.txt", TORCH),
         ("shared/requirements.in", []),
         ("workers/bge/README.md", []),
+        ("workers/bge/deploy.toml", []),
         ("tests/tools/test_changed.py", []),
     ],
 )
