@@ -3,8 +3,8 @@ destroy-<worker> run. RUNPOD_API_KEY is read from the environment.
 
 Exit status: 0 done, or nothing to do; 1 the endpoint did not get ready, and the earlier release is back;
 2 wrong arguments, variables or deploy.toml; 3 RunPod refused, or cannot be reached; 4 two endpoints of one
-name, or another deploy at the same time; 5 a question answered with no; 6 no such endpoint or earlier release;
-130 interrupted.
+name, or another deploy at the same time; 5 a question answered with no; 6 no such endpoint, or no earlier
+release; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 from deploy import commands
 from deploy.api import Api, ApiError, LogLine
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None, pace: Pace | None = None) -> int:
     )
     parser.add_argument("--model", default=os.environ.get("MODEL_NAME"), help="MODEL_NAME; default: as it is")
     parser.add_argument("--tag", default=os.environ.get("TAG"), help="of the image; default: as it is")
+    parser.add_argument("--config", type=Path, help="in place of workers/<worker>/deploy.toml")
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     parser.add_argument("--yes", action="store_true", help="answer every question with yes")
     options = parser.parse_args(argv)
@@ -81,7 +83,9 @@ def _run(options: argparse.Namespace, pace: Pace) -> int:
             "RUNPOD_API_KEY is not set: the key of your account, from RunPod's console, Settings."
         )
     name = options.name or options.worker
-    order = Order(options.worker, name, type=options.type, model=options.model, tag=options.tag)
+    order = Order(
+        options.worker, name, type=options.type, model=options.model, tag=options.tag, config=options.config
+    )
     api = Api(key, back_off=pace.back_off)
     session = Session(
         api, key, order, pace, _Progress(sys.stderr if options.json else sys.stdout), options.yes

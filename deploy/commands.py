@@ -142,7 +142,7 @@ def _carry_out(session: Session, found: Plan) -> Result:
             session.say(f"  | {line}")
         details = {"cause": error.cause, "log": error.log, "endpoint": _summary(endpoint)}
         raise Failed(f"{error} {outcome}", {**result, **details}) from None
-    plans.check_unchanged(session.api, found, endpoint)
+    plans.check_unchanged(session.api, endpoint)
     plans.check_alone(session.api, endpoint)
     text = usage(session.order.worker, endpoint)
     session.say(f"\n{endpoint.name} answers. {text}\n{_line(result['price_per_hour'])}")

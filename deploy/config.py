@@ -78,24 +78,19 @@ class ConfigError(Exception):
     """A deploy.toml that cannot be used; the message is one line."""
 
 
-def config_path(worker: str, root: Path = ROOT) -> Path:
-    return root / "workers" / worker / "deploy.toml"
-
-
-def load_config(worker: str, root: Path = ROOT) -> Config:
-    """workers/<worker>/deploy.toml. Raises ConfigError, which names the key and what is allowed."""
-    path = config_path(worker, root)
+def load_config(worker: str, path: Path | None = None) -> Config:
+    """workers/<worker>/deploy.toml, or the file at `path`. Raises ConfigError, which names the key."""
+    path = path or ROOT / "workers" / worker / "deploy.toml"
+    name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     try:
         return Config.model_validate(tomllib.loads(path.read_text()))
     except FileNotFoundError:
-        raise ConfigError(f"There is no {path.relative_to(root)}.") from None
+        raise ConfigError(f"There is no {name}.") from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path.relative_to(root)}: {error}.") from None
+        raise ConfigError(f"{name}: {error}.") from None
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         key = ".".join(map(str, problem["loc"]))
         given = f" = {problem['input']!r}" if key and problem["type"] != "missing" else ""
         message = problem["msg"].removeprefix("Value error, ")
-        raise ConfigError(
-            f"{path.relative_to(root)}: {key}{given}: {message}.".replace(": : ", ": ")
-        ) from None
+        raise ConfigError(": ".join(filter(None, [str(name), key + given, message])) + ".") from None

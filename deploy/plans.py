@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from deploy import cached_model
@@ -30,6 +31,7 @@ class Order:
     type: str | None = None
     model: str | None = None
     tag: str | None = None
+    config: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def named(api: Api, name: str) -> list[Endpoint]:
 
 def make_plan(api: Api, order: Order) -> Plan:
     """Raises ConfigError, Conflict, ApiError."""
-    config = load_config(order.worker)
+    config = load_config(order.worker, order.config)
     endpoint = find(api, order.name)
     type_ = TYPES[order.type or config.type] if order.type or not endpoint else endpoint.type
     kept = endpoint.env.get("MODEL_NAME") if endpoint else None
@@ -84,7 +86,7 @@ def make_plan(api: Api, order: Order) -> Plan:
         if variable not in new["env"]:
             raise ConfigError(
                 f"{variable} is not set, and {order.worker} does not start without it: "
-                f"set it in [env] of workers/{order.worker}/deploy.toml."
+                "set it in [env] of its deploy.toml."
             )
     if config.cached_model:
         new["cachedModels"] = [_reference(order.worker, new["env"])]
@@ -114,7 +116,7 @@ def apply(api: Api, plan: Plan, back_off: float) -> Endpoint:
 
 def restore(api: Api, plan: Plan, endpoint: Endpoint, back_off: float) -> str:
     """Undo `apply` after a failure, and say what there is now. Raises ApiError, Conflict."""
-    check_unchanged(api, plan, endpoint)
+    check_unchanged(api, endpoint)
     if plan.action == "none":
         return "Nothing was changed, so nothing was put back."
     if plan.old is None:
@@ -128,11 +130,10 @@ def restore(api: Api, plan: Plan, endpoint: Endpoint, back_off: float) -> str:
     return "The earlier release is back."
 
 
-def check_unchanged(api: Api, plan: Plan, endpoint: Endpoint) -> None:
-    """Raises Conflict when the endpoint is no longer what `apply` made it."""
-    now = api.endpoint(endpoint.id)
-    if differ := changes(plan.new, actual(now, plan.new["cachedModels"])):
-        raise Conflict(f"Another deploy changed {now.name} meanwhile, which stays as it is now: {differ[0]}.")
+def check_unchanged(api: Api, endpoint: Endpoint) -> None:
+    """Raises Conflict when the endpoint is no longer what `apply` gave."""
+    if differ := changes(actual(endpoint, []), actual(api.endpoint(endpoint.id), [])):
+        raise Conflict(f"Another deploy changed {endpoint.name} meanwhile, and it stays so: {differ[0]}.")
 
 
 def check_alone(api: Api, endpoint: Endpoint) -> None:
@@ -196,4 +197,4 @@ def _reference(worker: str, env: dict[str, str]) -> str:
     try:
         return cached_model.reference(str(model), env.get("MODEL_REVISION"))
     except ValueError as error:
-        raise ConfigError(f"workers/{worker}/deploy.toml: {error}.") from None
+        raise ConfigError(f"{error}.") from None
