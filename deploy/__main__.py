@@ -87,9 +87,7 @@ def _run(options: argparse.Namespace, pace: Pace) -> int:
         options.worker, name, type=options.type, model=options.model, tag=options.tag, config=options.config
     )
     api = Api(key, back_off=pace.back_off)
-    session = Session(
-        api, key, order, pace, _Progress(sys.stderr if options.json else sys.stdout), options.yes
-    )
+    session = Session(api, order, pace, _Progress(sys.stderr if options.json else sys.stdout), options.yes)
     if options.command == "logs":
         commands.logs(session, _print_json_line if options.json else _print_line)
     result: Result = COMMANDS[options.command](session)

@@ -109,7 +109,10 @@ class Unanswered(ApiError):
 
 
 class Api:
-    """One account of RunPod. key: RUNPOD_API_KEY. back_off: seconds before a second attempt, then doubled."""
+    """One account of RunPod. key: RUNPOD_API_KEY. back_off: seconds before a second attempt, then doubled.
+
+    http: the client below, which has the key.
+    """
 
     def __init__(
         self, key: str, *, back_off: float = 1.0, sleep: Callable[[float], None] = time.sleep
@@ -119,7 +122,7 @@ class Api:
         # The GraphQL API refuses clients whose name is not a browser's.
         headers = {"Authorization": f"Bearer {key}", "User-Agent": "Mozilla/5.0 (runpod-workers deploy)"}
         base = os.environ.get("RUNPOD_API_BASE_URL", BASE_URL)
-        self._http = httpx.Client(base_url=base, headers=headers, timeout=30)
+        self.http = httpx.Client(base_url=base, headers=headers, timeout=30)
 
     # ---- endpoints -------------------------------------------------------------------------------------
 
@@ -177,7 +180,7 @@ class Api:
             headers = {"Last-Event-ID": cursor} if cursor else {}
             timeout = httpx.Timeout(30, read=silence or 60)
             try:
-                with self._http.stream(
+                with self.http.stream(
                     "GET", path, params={"tail": tail}, headers=headers, timeout=timeout
                 ) as answer:
                     if answer.status_code != 200:
@@ -208,13 +211,13 @@ class Api:
             last = attempt == ATTEMPTS - 1
             self._sleep(max(0.0, self._not_before - time.monotonic()))
             try:
-                answer = self._http.request(method, path, json=body)
+                answer = self.http.request(method, path, json=body)
             except httpx.TransportError as error:
                 sent = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
                 if sent and makes:
                     raise Unanswered(f"RunPod did not answer {method} {path.partition('?')[0]}.") from None
                 if last:
-                    raise ApiError(f"RunPod cannot be reached at {self._http.base_url}: {error}.") from None
+                    raise ApiError(f"RunPod cannot be reached at {self.http.base_url}: {error}.") from None
                 self._sleep(self._back_off * 2**attempt)
                 continue
             wait = self._limit(answer)

@@ -44,7 +44,6 @@ class Session:
     """What all commands need. say: progress, a line at a time. yes: no questions."""
 
     api: Api
-    key: str
     order: Order
     pace: Pace
     say: Callable[[str], None]
@@ -133,7 +132,7 @@ def _carry_out(session: Session, found: Plan) -> Result:
         what = f"{found.reason}. Delete it, with its address and queued jobs, and make another?"
         _confirm(session, what)
     endpoint = plans.apply(session.api, found, session.pace.back_off)
-    smoke = Smoke(endpoint, test_input(session.order.worker), session.key, session.pace.ping)
+    smoke = Smoke(session.api.http, endpoint, test_input(session.order.worker), session.pace.ping)
     try:
         output = Rollout(session.api, endpoint, smoke, session.pace, session.say).wait()
     except RolloutFailed as error:

@@ -20,15 +20,14 @@ class SmokeFailed(Exception):
 
 
 class Smoke:
-    """One test of `endpoint`, in steps. key: RUNPOD_API_KEY. ping: seconds that /ping may take.
+    """One test of `endpoint`, in steps. ping: seconds that /ping may take.
 
     state: one word or two for the progress display.
     """
 
-    def __init__(self, endpoint: Endpoint, test_input: Any, key: str, ping: float) -> None:
-        self._urls, self._test_input, self._key = endpoint.request_urls, test_input, key
-        self._http = httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=30)
-        self._ping = ping
+    def __init__(self, http: httpx.Client, endpoint: Endpoint, test_input: Any, ping: float) -> None:
+        self._http, self._urls = http, endpoint.request_urls
+        self._test_input, self._ping = test_input, ping
         self._job: str | None = None
         self.state = ""
 

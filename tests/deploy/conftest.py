@@ -21,7 +21,7 @@ PACE = Pace(
     log_every=0.05,
     unhealthy=0.05,
     capacity=0.15,
-    total=1,
+    total=30,
     ping=5,
 )
 WORKER = "sentence-transformers"

@@ -180,7 +180,7 @@ class Account:
             "throttled": "THROTTLED",
             "nosecret": "IDLE",
             "jobfails": "IDLE",
-            "healthy": "IDLE" if look > 2 else "INITIALIZING",
+            "healthy": "IDLE" if look > 1 else "INITIALIZING",
         }.get(behaviour, "INITIALIZING")
         if behaviour == "restart":
             worker["uptimeSeconds"] = 10 * (look % 2)
@@ -221,7 +221,7 @@ class Account:
 
     def job(self, name: str, action: str) -> Response:
         behaviour = self.behaviour(self.endpoints[name])
-        ready = behaviour in ("healthy", "nosecret", "jobfails") and self.looks[name] > 2
+        ready = behaviour in ("healthy", "nosecret", "jobfails") and self.looks[name] > 1
         failed = {
             "nosecret": {
                 "message": "HF_TOKEN holds the text of the RunPod secret hf.",
@@ -343,9 +343,14 @@ def _rest(account: Account, method: str, path: str, query: Any, body: Any) -> Js
     return problem(404, "no such path")
 
 
+CONFIG = Config(
+    spec_validator_cls=None, extra_media_type_deserializers={"application/problem+json": json.loads}
+)
+
+
 @functools.cache
 def document() -> OpenAPI:
-    return OpenAPI.from_dict(json.loads(DOCUMENT.read_text()), config=Config(spec_validator_cls=None))
+    return OpenAPI.from_dict(json.loads(DOCUMENT.read_text()), config=CONFIG)
 
 
 def interrupt() -> None:
