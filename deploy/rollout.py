@@ -20,7 +20,7 @@ _NO_IMAGE = re.compile(
     r"|failed to (pull|resolve)|no matching manifest|invalid reference format",
     re.IGNORECASE,
 )
-_SECRET = re.compile(r"RUNPOD_SECRET_(\w+)|missing_secret")
+_SECRET = re.compile(r"RUNPOD_SECRET_(\w+)|no RunPod secret (\w+)")
 _LAST_LINES = 40
 
 
@@ -127,9 +127,10 @@ class Rollout:
 
     def _failed(self, cause: Cause, message: str) -> RolloutFailed:
         if match := _SECRET.search(f"{message} {' '.join(self._log)}"):
-            secret = f" {match[1]}" if match[1] else ""
-            cause = "missing_secret"
-            message = f"{message} The account has no RunPod secret{secret}: create it, or correct [secrets]."
+            cause, secret = "missing_secret", match[1] or match[2]
+            message = (
+                f"The account has no RunPod secret {secret}: create it, or correct [secrets] of deploy.toml."
+            )
         return RolloutFailed(cause, message, self._log)
 
     def _progress(self, seen: Workers) -> str:

@@ -12,13 +12,14 @@ import itertools
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anyio.to_thread
 import uvicorn
@@ -88,6 +89,7 @@ class Account:
     versions: dict[str, int] = field(default_factory=dict)
     looks: dict[str, int] = field(default_factory=dict)
     cancelled: list[str] = field(default_factory=list)
+    starting: set[str] = field(default_factory=set)
     ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     workers: ExitStack = field(default_factory=ExitStack)
 
@@ -160,9 +162,23 @@ class Account:
         worker = endpoint["image"].rpartition("worker-")[2].partition(":")[0]
         env = {**endpoint["env"], **local_env(worker)}
         env = {name: value for name, value in env.items() if name not in ("PORT", "PORT_HEALTH")}
-        place = self.workers.enter_context(running(worker, env=env, mode="http" if http else "queue"))
+        mode: Literal["queue", "http"] = "http" if http else "queue"
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        stop, starting = threading.Event(), self.starting
+
+        def run() -> None:
+            with running(worker, env=env, mode=mode, port=port):
+                starting.discard(endpoint["id"])
+                stop.wait()
+
+        starting.add(endpoint["id"])
+        thread = threading.Thread(target=run)
+        thread.start()
+        self.workers.callback(thread.join)
+        self.workers.callback(stop.set)
+        base = f"http://127.0.0.1:{port}" + ("" if http else "/v2/local")
         urls = self.urls(endpoint)
-        base = place.url if http else place.endpoint_url  # type: ignore[attr-defined]
         return {key: url.replace(f"{self.url}/jobs/{endpoint['id']}", base) for key, url in urls.items()}
 
     # ---- workers -----------------------------------------------------------------------------------------
@@ -180,7 +196,7 @@ class Account:
             "throttled": "THROTTLED",
             "nosecret": "IDLE",
             "jobfails": "IDLE",
-            "healthy": "IDLE" if look > 1 else "INITIALIZING",
+            "healthy": "IDLE" if look > 1 and name not in self.starting else "INITIALIZING",
         }.get(behaviour, "INITIALIZING")
         if behaviour == "restart":
             worker["uptimeSeconds"] = 10 * (look % 2)
@@ -223,10 +239,7 @@ class Account:
         behaviour = self.behaviour(self.endpoints[name])
         ready = behaviour in ("healthy", "nosecret", "jobfails") and self.looks[name] > 1
         failed = {
-            "nosecret": {
-                "message": "HF_TOKEN holds the text of the RunPod secret hf.",
-                "code": "missing_secret",
-            },
+            "nosecret": {"message": "HF_TOKEN has no value: there is no RunPod secret hf."},
             "jobfails": {"message": "The disk is full.", "code": "no_space", "type": "server_error"},
         }.get(behaviour)
         if action == "ping":
