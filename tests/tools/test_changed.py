@@ -47,6 +47,24 @@ def test_what_else_builds_images(path: str, expected: list[str]) -> None:
     assert changed.affected(["README.md", path]) == expected
 
 
+@pytest.mark.parametrize(
+    ("tag", "workers"),
+    [
+        ("v1.4.2", WORKERS),
+        ("whisper-v1.4.2", ["whisper"]),
+        ("sentence-transformers-v1.4.2-rc.1", ["sentence-transformers"]),
+    ],
+)
+def test_tag_of_a_release_names_its_workers(tag: str, workers: list[str]) -> None:
+    assert changed.released(tag) == workers
+
+
+@pytest.mark.parametrize("tag", ["nobody-v1.4.2", "whisper-1.4.2", "whisper-v1.4"])
+def test_tag_of_no_release_is_refused(tag: str) -> None:
+    with pytest.raises(SystemExit, match="names no release"):
+        changed.released(tag)
+
+
 def test_sources_are_what_a_dockerfile_copies_and_mounts() -> None:
     text = (
         "FROM x\nRUN --mount=type=bind,source=workers/a.txt,target=/tmp/x \\\n    pip install\n"
