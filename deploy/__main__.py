@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from deploy import commands
 from deploy.api import Api, ApiError, LogLine
@@ -97,16 +99,21 @@ def _run(options: argparse.Namespace, pace: Pace) -> int:
 
 
 class _Progress:
-    """Prints lines; on a terminal, the counting ones of a wait in one place."""
+    """Prints lines. Those of a wait, `12 s  ...`: on a terminal in one place, else when the state changes."""
 
-    def __init__(self, stream: object) -> None:
-        self._stream, self._last = stream, ""
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._state, self._open = stream, "", False
 
     def __call__(self, text: str) -> None:
-        without_seconds = text.lstrip().partition(" s  ")[2]
-        if not without_seconds or without_seconds != self._last:
-            print(text, file=self._stream, flush=True)  # type: ignore[call-overload]
-        self._last = without_seconds
+        look = re.match(r" *\d+ s  ", text)
+        if look and self._stream.isatty():
+            self._stream.write(f"\r\033[K{text}")
+            self._stream.flush()
+            self._open = True
+        elif not look or text[look.end() :] != self._state:
+            print("\n" * self._open + text, file=self._stream, flush=True)
+            self._open = False
+        self._state = text[look.end() :] if look else ""
 
 
 def _print_line(worker: str, line: LogLine) -> None:

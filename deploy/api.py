@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import httpx
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 from pydantic.alias_generators import to_camel
 
 Body = dict[str, Any]
@@ -49,6 +52,12 @@ class Endpoint(Answer):
     timeout: int
     flashboot: str
     created_at: str
+
+    @field_validator("name")
+    @classmethod
+    def _without_mark(cls, value: str) -> str:
+        """The console marks an endpoint with FlashBoot in its name."""
+        return value.removesuffix(" -fb")
 
 
 class Worker(Answer):
@@ -133,12 +142,12 @@ class Api:
         """The endpoint with the id `name`."""
         return Endpoint.model_validate(self.send("GET", f"/v2/serverless/{name}"))
 
-    def create(self, body: Body) -> str:
-        """The id of a new endpoint. Raises Unanswered when there may be one nevertheless."""
-        return str(self.send("POST", "/v2/serverless", body)["id"])
+    def create(self, body: Body) -> Endpoint:
+        """Raises Unanswered when there may be a new endpoint nevertheless."""
+        return Endpoint.model_validate(self.send("POST", "/v2/serverless", body))
 
-    def update(self, endpoint: str, body: Body) -> None:
-        self.send("PATCH", f"/v2/serverless/{endpoint}", body)
+    def update(self, endpoint: str, body: Body) -> Endpoint:
+        return Endpoint.model_validate(self.send("PATCH", f"/v2/serverless/{endpoint}", body))
 
     def delete(self, path: str) -> None:
         """Delete /v2/`path`; nothing happens when there is no such thing."""
@@ -211,7 +220,8 @@ class Api:
             last = attempt == ATTEMPTS - 1
             self._sleep(max(0.0, self._not_before - time.monotonic()))
             try:
-                answer = self.http.request(method, path, json=body)
+                with _answered_first() if makes else nullcontext():
+                    answer = self.http.request(method, path, json=body)
             except httpx.TransportError as error:
                 sent = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
                 if sent and makes:
@@ -254,3 +264,19 @@ class Api:
         }.get(answer.status_code, f"RunPod refused {answer.request.method} {answer.request.url.path}")
         message = f"{what}: {detail} ({answer.status_code}).".replace(self._key, "***")
         return ApiError(" ".join(message.split()), answer.status_code)
+
+
+@contextmanager
+def _answered_first() -> Iterator[None]:
+    """Ctrl-C takes effect after the block: a create in flight would be made behind the next deploy's back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pressed:
+            raise KeyboardInterrupt

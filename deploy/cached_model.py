@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from deploy.api import Api, ApiError, Body
+from deploy.api import Api, ApiError, Body, Endpoint
 
 MUTATION = "mutation ($input: EndpointInput!) { saveEndpoint(input: $input) { id } }"
 
@@ -20,8 +20,8 @@ def reference(model: str, revision: str | None) -> str:
     return f"https://huggingface.co/{model}:{revision or 'main'}"
 
 
-def save(api: Api, body: Body, endpoint: str | None = None) -> str:
-    """Create an endpoint with the `cachedModels` of `body`, or replace all of `endpoint`, and return its id.
+def save(api: Api, body: Body, endpoint: str | None = None) -> Endpoint:
+    """Create an endpoint with the `cachedModels` of `body`, or replace all of the one with the id `endpoint`.
 
     Raises ApiError; Unanswered when a new one may have been made nevertheless.
     """
@@ -60,4 +60,4 @@ def save(api: Api, body: Body, endpoint: str | None = None) -> str:
     answer = api.send("POST", "/graphql", query, makes=endpoint is None)
     if errors := answer.get("errors"):
         raise ApiError(f"RunPod refused the cached model: {errors[0]['message'].rstrip('.')}.")
-    return str(answer["data"]["saveEndpoint"]["id"])
+    return api.endpoint(answer["data"]["saveEndpoint"]["id"])

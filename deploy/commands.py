@@ -136,13 +136,17 @@ def _carry_out(session: Session, found: Plan) -> Result:
     try:
         output = Rollout(session.api, endpoint, smoke, session.pace, session.say).wait()
     except RolloutFailed as error:
-        outcome = plans.restore(session.api, found, endpoint, session.pace.back_off)
         for line in error.log:
             session.say(f"  | {line}")
+        try:
+            outcome = plans.restore(session.api, found, endpoint, session.pace.back_off)
+        except ApiError as problem:
+            outcome = f"The earlier release is not back: {problem}"
         details = {"cause": error.cause, "log": error.log, "endpoint": _summary(endpoint)}
         raise Failed(f"{error} {outcome}", {**result, **details}) from None
     plans.check_unchanged(session.api, endpoint)
     plans.check_alone(session.api, endpoint)
+    plans.find(session.api, endpoint.name)
     text = usage(session.order.worker, endpoint)
     session.say(f"\n{endpoint.name} answers. {text}\n{_line(result['price_per_hour'])}")
     return {**result, "endpoint": _summary(endpoint), "output": output}

@@ -152,18 +152,16 @@ def check_alone(api: Api, endpoint: Endpoint) -> None:
 
 def _update(api: Api, name: str, old: Body, new: Body) -> Endpoint:
     if old["cachedModels"] or new["cachedModels"]:
-        cached_model.save(api, new, name)
-    elif body := patch(old, new):
-        api.update(name, body)
-    return api.endpoint(name)
+        return cached_model.save(api, new, name)
+    body = patch(old, new)
+    return api.update(name, body) if body else api.endpoint(name)
 
 
 def _create(api: Api, body: Body, back_off: float) -> Endpoint:
     """A create whose answer is lost may have made an endpoint: look for it before the next attempt."""
     for attempt in range(3):
         try:
-            made = cached_model.save(api, body) if body["cachedModels"] else api.create(creation(body))
-            endpoint = api.endpoint(made)
+            endpoint = cached_model.save(api, body) if body["cachedModels"] else api.create(creation(body))
             check_alone(api, endpoint)
             return endpoint
         except Unanswered:

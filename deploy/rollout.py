@@ -71,7 +71,7 @@ class Rollout:
                 self.show(self._progress(seen))
                 current = [worker for worker in seen.workers if not worker.is_stale]
                 self._look(current)
-                if len(current) == len(seen.workers) and (answer := self.smoke.step()) is not None:
+                if _is_for_the_new(seen.workers) and (answer := self.smoke.step()) is not None:
                     return answer
                 if self._seconds() > self.pace.total:
                     raise self._failed("timeout", f"No answer within {self.pace.total:.0f} s.")
@@ -86,7 +86,7 @@ class Rollout:
         """Raises RolloutFailed when waiting longer cannot help."""
         unhealthy = [worker for worker in workers if worker.status == "UNHEALTHY"]
         starting = [worker for worker in workers if worker.status == "INITIALIZING"]
-        restarted = self._count_restarts(starting)
+        restarted = self._count_restarts(workers, starting)
         if unhealthy or restarted or (starting and self._now() - self._log_at > self.pace.log_every):
             self._read_log([*unhealthy, *starting])
         if any(map(_NO_IMAGE.search, self._log)):
@@ -101,14 +101,13 @@ class Rollout:
             message = f"No machine is free in {pools}: add pools or data centres to deploy.toml."
             raise self._failed("no_capacity", message)
 
-    def _count_restarts(self, starting: list[Worker]) -> bool:
+    def _count_restarts(self, workers: list[Worker], starting: list[Worker]) -> bool:
         """A worker whose uptime begins anew, or one in the place of one that started, was started again."""
         uptimes = {worker.id: worker.uptime_seconds or 0 for worker in starting}
+        gone = self._uptimes.keys() - {worker.id for worker in workers}
         restarts = sum(uptimes[name] < self._uptimes.get(name, 0) for name in uptimes)
-        if starting:
-            gone = self._uptimes.keys() - uptimes.keys()
-            restarts += min(len(gone), len(uptimes.keys() - self._uptimes.keys()))
-        self._uptimes = uptimes or self._uptimes
+        restarts += min(len(gone), len(uptimes.keys() - self._uptimes.keys()))
+        self._uptimes = uptimes or {name: self._uptimes[name] for name in gone}
         self._restarts += restarts
         return bool(restarts)
 
@@ -147,3 +146,12 @@ class Rollout:
 
     def _now(self) -> float:
         return time.monotonic()
+
+
+def _is_for_the_new(workers: list[Worker]) -> bool:
+    """Whether a job sent now goes to the new release: workers of the earlier one are gone, or busy with a job
+    of theirs while one of the new is ready.
+    """
+    earlier = [worker.status for worker in workers if worker.is_stale]
+    ready = any(not worker.is_stale and worker.status in ("IDLE", "RUNNING") for worker in workers)
+    return not earlier or (ready and set(earlier) == {"RUNNING"})

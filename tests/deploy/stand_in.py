@@ -90,6 +90,7 @@ class Account:
     looks: dict[str, int] = field(default_factory=dict)
     cancelled: list[str] = field(default_factory=list)
     starting: set[str] = field(default_factory=set)
+    busy: bool = False
     ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     workers: ExitStack = field(default_factory=ExitStack)
 
@@ -200,11 +201,10 @@ class Account:
         }.get(behaviour, "INITIALIZING")
         if behaviour == "restart":
             worker["uptimeSeconds"] = 10 * (look % 2)
-        if look == 1 and version > 1:
-            workers = [{**worker, "id": f"{name}w{version - 1}", "isStale": True, "version": version - 1}]
-            workers[0]["status"] = "IDLE"
-        else:
-            workers = [] if behaviour == "none" else [{**worker, "status": status}]
+        workers = [] if behaviour == "none" else [{**worker, "status": status}]
+        if version > 1 and (look == 1 or self.busy):
+            earlier = {**worker, "id": f"{name}w{version - 1}", "isStale": True, "version": version - 1}
+            workers = [{**earlier, "status": "RUNNING" if self.busy else "IDLE"}, *workers]
         names = ("running", "idle", "initializing", "throttled", "unhealthy")
         summary = {state: sum(item["status"] == state.upper() for item in workers) for state in names}
         return {"workers": workers, "summary": {**summary, "total": len(workers)}, "endpointVersion": version}

@@ -107,6 +107,20 @@ def test_what_is_not_named_stays_as_the_endpoint_has_it(runpod: Account, cli: Cl
     assert endpoint["image"].endswith(":1.0.1")
 
 
+def test_busy_workers_of_the_earlier_release_are_not_waited_for(runpod: Account, cli: Cli) -> None:
+    runpod.busy = True
+    cli("deploy", "--tag=1.0.0")
+    assert cli("deploy", "--tag=1.0.1") == 0
+    assert "1.0.1  1 old release, 1 idle" in cli.out
+
+
+def test_endpoint_that_the_console_marked_for_flashboot_is_the_same(runpod: Account, cli: Cli) -> None:
+    cli("deploy", "--tag=1.0.0")
+    runpod.endpoints["ep1"]["name"] += " -fb"
+    assert cli.json("deploy", "--tag=1.0.1")["action"] == "update"
+    assert list(runpod.endpoints) == ["ep1"]
+
+
 def test_another_type_takes_another_endpoint_and_is_asked_for(runpod: Account, cli: Cli) -> None:
     cli("deploy", "--tag=1.0.0")
     (old,) = runpod.endpoints

@@ -46,6 +46,18 @@ def test_failed_release_is_named_and_the_earlier_one_is_back(
     assert cli("rollback") == 6, "a release that failed is none"
 
 
+def test_earlier_release_that_cannot_be_put_back_is_told_with_the_cause(runpod: Account, cli: Cli) -> None:
+    cli("deploy", "--tag=1.0.0")
+    refused = problem(403, "access denied")
+    runpod.before = lambda method, path: (
+        refused if "looked" in runpod.starting and method == "PATCH" else None
+    )
+    runpod.after = lambda method, path: runpod.starting.add("looked") if path.endswith("/workers") else None
+    assert cli("deploy", "--tag=1.0.1-crash") == 1
+    assert "The workers do not get ready" in cli.err
+    assert "The earlier release is not back: RUNPOD_API_KEY may not do this: access denied (403)." in cli.err
+
+
 def test_first_release_that_fails_is_stopped(runpod: Account, cli: Cli) -> None:
     assert cli("deploy", "--tag=1.0.0-crash") == 1
     assert "no earlier release: the endpoint is stopped" in cli.err
@@ -83,7 +95,6 @@ def server_error() -> Response:
 
 FAULTS = {
     "500": ("before", server_error),
-    "lost request": ("before", "drop"),
     "lost answer": ("after", "drop"),
 }
 
@@ -232,6 +243,16 @@ def test_two_deploys_at_once_leave_one_endpoint(runpod: Account) -> None:
     conflict = next(item for item in ended if isinstance(item, Conflict))
     assert set(ended) == {endpoint["id"], conflict}
     assert f"Another deploy made {WORKER} at the same time, as {endpoint['id']}" in str(conflict)
+
+
+def test_second_endpoint_that_appears_during_the_wait_is_told(runpod: Account, cli: Cli) -> None:
+    def twin(method: str, path: str) -> None:
+        if path.endswith("/workers") and "twin" not in runpod.endpoints:
+            runpod.create({**runpod.endpoints["ep1"], "id": "twin"}, "twin")
+
+    runpod.before = twin
+    assert cli("deploy", "--tag=1.0.0") == 4
+    assert "There are 2 endpoints named sentence-transformers: ep1 and twin" in cli.err
 
 
 @pytest.mark.parametrize("tag", ["1.0.1", "1.0.1-crash"])
