@@ -21,10 +21,17 @@ ALLOW = $(shell docker buildx bake --help | grep -q -- --allow && echo --allow n
 # A worker is a folder of workers/ with a file in it.
 WORKERS := $(sort $(foreach file,$(filter-out %/__pycache__,$(wildcard workers/*/*)),$(word 2,$(subst /, ,$(file)))))
 
+# RUNPOD_API_KEY, TAG, REGISTRY and MODEL_NAME are read from the environment; NAME and TYPE, which machines set
+# for themselves, from the command line of make only.
+DEPLOY_VERBS := plan deploy rollback status logs destroy
+given = $(if $(filter command,$(origin $(1))),$(2))
+DEPLOY = $(PY) -m deploy $(1) $(2) $(call given,NAME,--name '$(NAME)') $(call given,TYPE,--type '$(TYPE)') \
+           $(if $(CONFIG),--config '$(CONFIG)') $(if $(JSON),--json) $(if $(YES),--yes) $(ARGS)
+
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-fast test-soak test-locks test-images test-vllm lint fmt bench docs lock \
         new-worker clean build push \
-        $(foreach verb,run serve build push shell,$(WORKERS:%=$(verb)-%))
+        $(foreach verb,run serve build push shell $(DEPLOY_VERBS),$(WORKERS:%=$(verb)-%))
 
 ##@ Try it
 run: $(MADE) ## The embeddings worker with a real model, on this machine, from cold start to answers
@@ -85,6 +92,20 @@ $(WORKERS:%=shell-%): shell-%: ## A shell in the image that make build-<worker> 
 test-images: $(MADE) $(if $(filter vllm,$(or $(IMAGES),$(WORKERS))),$(MADE_VLLM)) ## Build the images and test them, on this CPU; IMAGES="llava bge" for some of them
 	@$(PY) -m pytest tests/images/built.py $(ARGS)
 
+##@ Deploy to RunPod (needs RUNPOD_API_KEY; deploy/README.md)
+$(WORKERS:%=plan-%): plan-%: $(MADE) ## What a deploy would change, and what the endpoint costs; changes nothing
+	@$(call DEPLOY,plan,$*)
+$(WORKERS:%=deploy-%): deploy-%: $(MADE) ## Make or change the endpoint by deploy.toml, wait, send it test_input.json
+	@$(call DEPLOY,deploy,$*)
+$(WORKERS:%=rollback-%): rollback-%: $(MADE) ## Put the earlier release back
+	@$(call DEPLOY,rollback,$*)
+$(WORKERS:%=status-%): status-%: $(MADE) ## Workers, releases and price of the endpoint
+	@$(call DEPLOY,status,$*)
+$(WORKERS:%=logs-%): logs-%: $(MADE) ## Follow the logs of its workers
+	@$(call DEPLOY,logs,$*)
+$(WORKERS:%=destroy-%): destroy-%: $(MADE) ## Delete the endpoint, after a question
+	@$(call DEPLOY,destroy,$*)
+
 ##@ And
 help: ## This list
 	@awk '/^##@ / { print "\n" substr($$0, 5) } \
@@ -103,7 +124,8 @@ help: ## This list
 	  PLATFORM 'of the images (linux/amd64)' \
 	  CACHE 'registry: keep a build cache beside each pushed image (none)' \
 	  MODEL_NAME 'in builds a model to bake into the image, with MODEL_REVISION (none);' \
-	  '' "in run- and serve-<worker> the model, in place of the project's own" \
+	  '' "in run- and serve-<worker> the model, in place of the project's own;" \
+	  '' 'in deploy-<worker> the model of the endpoint (as it is, or the default)' \
 	  HF_TOKEN 'for a gated model that is baked in; from the environment only' \
 	  HF_ENDPOINT 'the hub that it is taken from (https://huggingface.co)' \
 	  BASE_IMAGE 'a base in place of the one in docker-bake.hcl, such as a mirror of it' \
@@ -112,6 +134,11 @@ help: ## This list
 	  SOURCE_DATE_EPOCH 'the time of every file in a layer, a constant' \
 	  NETWORK 'host: builds use the network of this machine' \
 	  MODE 'http: make run-<worker> and serve-<worker> make a load-balancing endpoint (queue)' \
+	  NAME 'of the endpoint, in deploy-<worker> and its like (the worker)' \
+	  TYPE 'of the endpoint: queue or http (as it is, or that of deploy.toml)' \
+	  CONFIG "a file in place of the worker's deploy.toml" \
+	  JSON '1: the result of deploy-<worker> and its like as JSON' \
+	  YES '1: answer their questions with yes' \
 	  IMAGE '1: make run-<worker> and serve-<worker> run the image, not the file' \
 	  IMAGES 'the workers whose images make test-images tests (all)' \
 	  BUILT '1: make test-images takes the images as they are, where they are built'

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
@@ -9,6 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.errors import StartError
 
+_SECRET = re.compile(r"\{\{\s*RUNPOD_SECRET_(\w+)\s*\}\}")
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -95,9 +98,15 @@ S = TypeVar("S", bound=EnvironmentSettings)
 def read_settings(settings: type[S]) -> S:
     """The settings from the environment.
 
-    Raises StartError(code="bad_setting"): one line with the variable, its value unless it is a secret, and
-    what is allowed.
+    Raises StartError: one line with the variable, its value unless it is a secret, and what is allowed, with
+    code="bad_setting"; code="missing_secret" for a RunPod secret that the account does not have.
     """
+    for name, value in os.environ.items():
+        if match := _SECRET.search(value):  # RunPod leaves the text of an unknown secret as it is
+            message = (
+                f"{name} has no value: there is no RunPod secret {match[1]}. Create it, or correct its name."
+            )
+            raise StartError(message, code="missing_secret")
     try:
         return settings()
     except ValidationError as error:

@@ -1,4 +1,5 @@
 """Prints the workers whose images a change touches, as JSON: `python -m tools.changed BASE [HEAD]`.
+With `--tag whisper-v1.4.2`, those of a release: that one; of `v1.4.2`, every worker.
 
 BASE and HEAD are commits; without BASE, or with one that this clone does not have, every worker is printed.
 What touches an image is read from its Dockerfile: whatever it copies or mounts from the repository.
@@ -19,7 +20,7 @@ from tools.workers import ROOT, worker_names
 # What decides how every image is built.
 FOR_ALL = {"docker-bake.hcl", ".dockerignore", ".github/workflows/images.yml"}
 # Kept out of the build by .dockerignore.
-NEVER = (".md", ".in")
+NEVER = (".md", ".in", "/deploy.toml")
 
 
 def sources(dockerfile: str) -> set[str]:
@@ -54,8 +55,20 @@ def changed_paths(base: str, head: str, root: Path = ROOT) -> list[str] | None:
     return done.stdout.splitlines() if done.returncode == 0 else None
 
 
+def released(tag: str, root: Path = ROOT) -> list[str]:
+    """The workers of a release's tag. Raises SystemExit for a worker that there is not."""
+    match = re.fullmatch(r"(?:(?P<worker>.+)-)?v\d+\.\d+\.\d+(?:-[0-9A-Za-z.]+)?", tag)
+    names = worker_names(root)
+    if match is None or match["worker"] not in (None, *names):
+        raise SystemExit(f"{tag} names no release: v1.4.2, or <worker>-v1.4.2 of one of {', '.join(names)}.")
+    return [match["worker"]] if match["worker"] else names
+
+
 def main() -> None:
     base, head = [*sys.argv[1:], "", ""][:2]
+    if base == "--tag":
+        print(json.dumps(released(head)))
+        return
     paths = changed_paths(base, head or "HEAD") if base else None
     print(json.dumps(worker_names() if paths is None else affected(paths)))
 

@@ -5,6 +5,7 @@ In workers/<name>/README.md:
     <!-- fields EmbedRequest --> ... <!-- /fields -->            a pydantic model of schemas.py
 In README.md:
     <!-- workers --> ... <!-- /workers -->                       a line for each worker
+In deploy/README.md, the keys of deploy.toml.
 
 With --check it writes nothing and fails when a table is not what the code says.
 """
@@ -21,6 +22,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from deploy import config
 from shared import settings
 from tools.bake import table as bake_table
 from tools.workers import ROOT, load_module, worker_names
@@ -167,6 +169,8 @@ def render(text: str, module: ModuleType | None, root: Path = ROOT) -> str:
 def stale(root: Path = ROOT, *, write: bool = False) -> list[str]:
     """The READMEs whose tables are not what the code says; with `write`, they are written."""
     pages: list[tuple[Path, ModuleType | None]] = [(root / "README.md", None), (root / "HTTP.md", settings)]
+    if (page := root / "deploy" / "README.md").exists():
+        pages.append((page, config))
     for name in worker_names(root):
         if (page := root / "workers" / name / "README.md").exists():
             pages.append((page, load_module(name, "schemas")))

@@ -16,10 +16,11 @@ from tools import bake, changed
 from tools.workers import ROOT, worker_names
 
 FILES = {
-    *("handler.py", "schemas.py", "test_input.json", "README.md"),
+    *("handler.py", "schemas.py", "test_input.json", "README.md", "deploy.toml"),
     *("Dockerfile", "requirements.in", "requirements.txt"),
 }
 VERBS = ("run", "serve", "build", "push", "shell")
+DEPLOY_VERBS = ("plan", "deploy", "rollback", "status", "logs", "destroy")
 # Those that load seconds of code, and whatever imports one of them.
 MODEL_LIBRARIES = {
     *("torch", "transformers", "sentence_transformers", "tokenizers", "ctranslate2", "faster_whisper", "TTS"),
@@ -50,7 +51,12 @@ def test_bake_has_a_line_for_each_worker_and_no_other() -> None:
 
 @each_worker
 def test_make_has_its_targets(name: str) -> None:
-    assert f"tools.start run {name}" in make("--dry-run", *(f"{verb}-{name}" for verb in VERBS))
+    shown = make(
+        "--dry-run", *(f"{verb}-{name}" for verb in (*VERBS, *DEPLOY_VERBS)), "NAME=mine", "TYPE=http"
+    )
+    assert f"tools.start run {name}" in shown
+    for verb in DEPLOY_VERBS:
+        assert f"-m deploy {verb} {name} --name 'mine' --type 'http'" in " ".join(shown.split())
 
 
 def test_make_help_lists_every_target_and_worker() -> None:
@@ -59,7 +65,7 @@ def test_make_help_lists_every_target_and_worker() -> None:
     assert phony is not None
     targets = re.findall(r"^[a-z-]+$", "\n".join(phony[1].partition("$(foreach")[0].split()), re.MULTILINE)
     assert {"test", "push"} <= set(targets)
-    for target in [*targets, *(f"{verb}-<worker>" for verb in VERBS)]:
+    for target in [*targets, *(f"{verb}-<worker>" for verb in (*VERBS, *DEPLOY_VERBS))]:
         assert re.search(rf"make {re.escape(target)} +\S", shown), target
     for name in worker_names():
         assert name in shown
@@ -104,6 +110,13 @@ def test_ci_builds_what_changed() -> None:
     matrix = images["build"]["strategy"]["matrix"]
     assert matrix == {"worker": "${{ fromJSON(needs.plan.outputs.workers) }}"}
     assert changed.affected(["docker-bake.hcl"]) == worker_names()
+
+
+def test_a_release_of_one_worker_and_a_deploy_by_hand() -> None:
+    assert "python3 -m tools.changed --tag" in json.dumps(jobs("images.yml")["plan"])
+    triggers = yaml.safe_load((ROOT / ".github/workflows/deploy.yml").read_text())[True]  # `on`, in YAML 1.1
+    inputs = triggers["workflow_dispatch"]["inputs"]
+    assert set(inputs) == {"worker", "environment", "tag"}
 
 
 @pytest.mark.parametrize(

@@ -133,9 +133,9 @@ def within(name: str, *packages: str) -> bool:
 @pytest.mark.parametrize(
     ("package", "forbidden"),
     [
-        ("shared", ("serving", "workers", "local", "tools", "tests", "benchmarks")),
-        ("serving", ("workers", "local", "tools", "tests", "benchmarks")),
-        ("workers", ("local", "tools", "tests", "benchmarks")),
+        ("shared", ("serving", "workers", "local", "deploy", "tools", "tests", "benchmarks")),
+        ("serving", ("workers", "local", "deploy", "tools", "tests", "benchmarks")),
+        ("workers", ("local", "deploy", "tools", "tests", "benchmarks")),
     ],
 )
 def test_imports_point_one_way(package: str, forbidden: tuple[str, ...]) -> None:

@@ -65,6 +65,15 @@ def test_an_invalid_setting(monkeypatch: pytest.MonkeyPatch, variable: str, valu
     assert "\n" not in caught.value.message
 
 
+def test_a_secret_that_runpod_does_not_have_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "{{ RUNPOD_SECRET_hf_token }}")
+    with pytest.raises(
+        StartError, match="HF_TOKEN has no value: there is no RunPod secret hf_token"
+    ) as caught:
+        read_settings(Settings)
+    assert caught.value.code == "missing_secret"
+
+
 def test_a_missing_value_is_named() -> None:
     with pytest.raises(StartError, match="MODEL_NAME is not set"):
         read_settings(WorkerSettings)

@@ -39,11 +39,30 @@ def test_an_edit_in_serving_builds_an_image_that_imports_it_and_no_other(name: s
         ("workers/torch.txt", TORCH),
         ("shared/requirements.in", []),
         ("workers/bge/README.md", []),
+        ("workers/bge/deploy.toml", []),
         ("tests/tools/test_changed.py", []),
     ],
 )
 def test_what_else_builds_images(path: str, expected: list[str]) -> None:
     assert changed.affected(["README.md", path]) == expected
+
+
+@pytest.mark.parametrize(
+    ("tag", "workers"),
+    [
+        ("v1.4.2", WORKERS),
+        ("whisper-v1.4.2", ["whisper"]),
+        ("sentence-transformers-v1.4.2-rc.1", ["sentence-transformers"]),
+    ],
+)
+def test_tag_of_a_release_names_its_workers(tag: str, workers: list[str]) -> None:
+    assert changed.released(tag) == workers
+
+
+@pytest.mark.parametrize("tag", ["nobody-v1.4.2", "whisper-1.4.2", "whisper-v1.4"])
+def test_tag_of_no_release_is_refused(tag: str) -> None:
+    with pytest.raises(SystemExit, match="names no release"):
+        changed.released(tag)
 
 
 def test_sources_are_what_a_dockerfile_copies_and_mounts() -> None:
