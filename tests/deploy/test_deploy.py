@@ -34,7 +34,9 @@ def test_http_endpoint_has_its_port_in_three_places(runpod: Account, cli: Cli) -
 
 
 def test_plan_changes_nothing(runpod: Account, cli: Cli) -> None:
-    assert cli.json("plan", "--tag=1.0.0")["action"] == "create"
+    plan = cli.json("plan", "--tag=1.0.0", env={"API_KEY": "abc", "A": "1"})
+    assert plan["action"] == "create"
+    assert {"env.API_KEY: unset -> ***", "env.A: unset -> '1'"} <= set(plan["changes"])
     assert not runpod.endpoints
     cli("deploy", "--tag=1.0.0")
     assert cli.json("plan", "--tag=1.0.0") | {"price_per_hour": 0} == {
