@@ -187,6 +187,7 @@ class Api:
         """
         path, cursor = f"/v2/serverless/{endpoint}/workers/{worker}/logs", ""
         seen: tuple[str, str] | None = None
+        failures = 0
         while True:
             headers = {"Last-Event-ID": cursor} if cursor else {}
             timeout = httpx.Timeout(30, read=silence or 60)
@@ -196,18 +197,24 @@ class Api:
                 ) as answer:
                     if answer.status_code != 200:
                         answer.read()
-                        raise self._problem(answer)
+                        problem = self._problem(answer)
+                        passing = answer.status_code == 429 or answer.status_code >= 500
+                        raise httpx.TransportError(str(problem)) if passing else problem
                     for text in answer.iter_lines():
                         if text.startswith("data:"):
                             line = LogLine.model_validate(json.loads(text.removeprefix("data:")))
                             if (line.ts, line.line) != seen:
-                                seen, cursor = (line.ts, line.line), line.ts
+                                seen, cursor, failures = (line.ts, line.line), line.ts, 0
                                 yield line
-            except httpx.TransportError:
-                pass  # a read timeout, or a connection that broke: resumed where it stopped
+            except httpx.ReadTimeout:
+                pass
+            except httpx.TransportError as error:  # resumed where it broke off
+                failures += 1
+                if failures == ATTEMPTS:
+                    raise ApiError(f"The log of {worker} broke off: {error}.") from None
             if silence is not None:
                 return
-            self._sleep(self._back_off)
+            self._sleep(self._back_off * 2**failures)
 
     # ---- transport -----------------------------------------------------------------------------------------
 

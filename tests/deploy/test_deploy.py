@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.deploy.conftest import WORKER, Cli
-from tests.deploy.stand_in import Account, interrupt
+from tests.deploy.stand_in import Account, interrupt, problem
 
 
 def test_deploy_makes_the_endpoint_and_tells_how_to_call_it(runpod: Account, cli: Cli) -> None:
@@ -182,11 +182,12 @@ def test_logs_follow_until_ctrl_c(runpod: Account, cli: Cli) -> None:
     cli("deploy", "--tag=1.0.0")
     asked = 0
 
-    def ctrl_c(method: str, path: str) -> None:
+    def ctrl_c(method: str, path: str) -> Any:
         nonlocal asked
         asked += path.endswith("/logs")
-        if asked == 3:  # the stream ended twice, and was taken up again
+        if asked == 4:  # the stream ended, was refused, and was taken up again where it ended
             interrupt()
+        return problem(500, "internal error") if asked == 2 and path.endswith("/logs") else None
 
     runpod.before = ctrl_c
     assert cli("logs") == 130
