@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
@@ -192,6 +193,22 @@ def test_logs_follow_until_ctrl_c(runpod: Account, cli: Cli) -> None:
     runpod.before = ctrl_c
     assert cli("logs") == 130
     assert "ep1w1 container Worker ready.\n" in cli.out
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("answer", "status"), [("n\n", 5), ("\n", 5), ("y\n", 0)])
+def test_question_on_a_terminal_is_answered(
+    runpod: Account, cli: Cli, monkeypatch: pytest.MonkeyPatch, answer: str, status: int
+) -> None:
+    cli("deploy", "--tag=1.0.0")
+    monkeypatch.setattr("sys.stdin", Terminal(answer))
+    assert cli("destroy") == status
+    assert "Delete sentence-transformers (ep1), its workers and its queued jobs? [y/N]" in cli.err
+    assert bool(runpod.endpoints) == (status == 5)
 
 
 def test_destroy_asks_and_leaves_nothing(runpod: Account, cli: Cli) -> None:
