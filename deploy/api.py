@@ -6,10 +6,12 @@ import json
 import os
 import re
 import signal
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any, Literal
 
 import httpx
@@ -131,7 +133,7 @@ class Api:
         # The GraphQL API refuses clients whose name is not a browser's.
         headers = {"Authorization": f"Bearer {key}", "User-Agent": "Mozilla/5.0 (runpod-workers deploy)"}
         base = os.environ.get("RUNPOD_API_BASE_URL", BASE_URL)
-        self.http = httpx.Client(base_url=base, headers=headers, timeout=30)
+        self.http = httpx.Client(base_url=base, headers=headers, timeout=30, verify=_certificates())
 
     # ---- endpoints -------------------------------------------------------------------------------------
 
@@ -185,6 +187,7 @@ class Api:
         """
         path, cursor = f"/v2/serverless/{endpoint}/workers/{worker}/logs", ""
         seen: tuple[str, str] | None = None
+        failures = 0
         while True:
             headers = {"Last-Event-ID": cursor} if cursor else {}
             timeout = httpx.Timeout(30, read=silence or 60)
@@ -194,18 +197,24 @@ class Api:
                 ) as answer:
                     if answer.status_code != 200:
                         answer.read()
-                        raise self._problem(answer)
+                        problem = self._problem(answer)
+                        passing = answer.status_code == 429 or answer.status_code >= 500
+                        raise httpx.TransportError(str(problem)) if passing else problem
                     for text in answer.iter_lines():
                         if text.startswith("data:"):
                             line = LogLine.model_validate(json.loads(text.removeprefix("data:")))
                             if (line.ts, line.line) != seen:
-                                seen, cursor = (line.ts, line.line), line.ts
+                                seen, cursor, failures = (line.ts, line.line), line.ts, 0
                                 yield line
-            except httpx.TransportError:
-                pass  # a read timeout, or a connection that broke: resumed where it stopped
+            except httpx.ReadTimeout:
+                pass
+            except httpx.TransportError as error:  # resumed where it broke off
+                failures += 1
+                if failures == ATTEMPTS:
+                    raise ApiError(f"The log of {worker} broke off: {error}.") from None
             if silence is not None:
                 return
-            self._sleep(self._back_off)
+            self._sleep(self._back_off * 2**failures)
 
     # ---- transport -----------------------------------------------------------------------------------------
 
@@ -220,7 +229,7 @@ class Api:
             last = attempt == ATTEMPTS - 1
             self._sleep(max(0.0, self._not_before - time.monotonic()))
             try:
-                with _answered_first() if makes else nullcontext():
+                with nullcontext() if method == "GET" else _answered_first():
                     answer = self.http.request(method, path, json=body)
             except httpx.TransportError as error:
                 sent = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
@@ -266,9 +275,14 @@ class Api:
         return ApiError(" ".join(message.split()), answer.status_code)
 
 
+@cache
+def _certificates() -> ssl.SSLContext:
+    return httpx.create_ssl_context()  # a tenth of a second
+
+
 @contextmanager
 def _answered_first() -> Iterator[None]:
-    """Ctrl-C takes effect after the block: a create in flight would be made behind the next deploy's back."""
+    """Ctrl-C takes effect after the block: what is in flight would be carried out behind the next deploy."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -93,8 +93,8 @@ def changes(old: Body, new: Body) -> list[Change]:
 def patch(old: Body, new: Body) -> Body:
     """The body of a PATCH that makes `old` `new`: only the fields that differ.
 
-    env replaces the variables as a whole, so all are in it. Pools and exclusions are one selection: sent
-    together, or not at all.
+    env replaces all variables, so all are in it. Pools and exclusions are one selection: sent together, or
+    not at all.
     """
     body = {key: value for key, value in new.items() if old.get(key) != value and key not in _NO_PATCH}
     if "gpu" in body:
@@ -130,9 +130,9 @@ def _gpu_patch(old: Body, new: Body) -> Body:
 def _changes(old: Body, new: Body, prefix: str) -> Iterator[Change]:
     for key in dict.fromkeys([*new, *old]):
         before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            yield from _changes(before, after, f"{prefix}{key}.")
-        elif before != after:
+        if isinstance(before, dict) or isinstance(after, dict):
+            yield from _changes(before or {}, after or {}, f"{prefix}{key}.")
+        elif before != after and (before or after):  # an empty list is no change from nothing
             yield Change(prefix + key, before, after)
 
 

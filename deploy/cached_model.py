@@ -1,7 +1,7 @@
 """RunPod's cached models: the one thing that only the GraphQL API can set.
 
 RunPod has announced the end of GraphQL for early 2027; REST v2 has no field for it yet. An endpoint with a
-cached model is saved by GraphQL in whole each time, as RunPod's own SDK does.
+cached model is saved by GraphQL with all its fields each time, as RunPod's own SDK does.
 """
 
 from __future__ import annotations

@@ -52,7 +52,9 @@ class Session:
 
 def plan(session: Session) -> Result:
     """Show what a deploy would change; change nothing."""
-    return _plan(session, plans.make_plan(session.api, session.order))
+    result = _plan(session, plans.make_plan(session.api, session.order))
+    session.say(_line(result["price_per_hour"]))
+    return result
 
 
 def deploy(session: Session) -> Result:
@@ -62,10 +64,10 @@ def deploy(session: Session) -> Result:
 
 def rollback(session: Session) -> Result:
     """Put the earlier release back, wait for a worker, send it test_input.json."""
-    found = plans.rollback_plan(session.api, _endpoint(session))
-    if found is None:
+    proposed = plans.rollback_plan(session.api, _endpoint(session))
+    if proposed is None:
         raise Missing(f"No earlier release of {session.order.name} is kept.")
-    return _carry_out(session, found)
+    return _carry_out(session, proposed)
 
 
 def status(session: Session) -> Result:
@@ -126,12 +128,12 @@ def destroy(session: Session) -> Result:
     return {"deleted": endpoint.id}
 
 
-def _carry_out(session: Session, found: Plan) -> Result:
-    result = _plan(session, found)
-    if found.action == "recreate":
-        what = f"{found.reason}. Delete it, with its address and queued jobs, and make another?"
+def _carry_out(session: Session, proposed: Plan) -> Result:
+    result = _plan(session, proposed)
+    if proposed.action == "recreate":
+        what = f"{proposed.reason}. Delete it, with its address and queued jobs, and make another?"
         _confirm(session, what)
-    endpoint = plans.apply(session.api, found, session.pace.back_off)
+    endpoint = plans.apply(session.api, proposed, session.pace.back_off)
     smoke = Smoke(session.api.http, endpoint, test_input(session.order.worker), session.pace.ping)
     try:
         output = Rollout(session.api, endpoint, smoke, session.pace, session.say).wait()
@@ -139,7 +141,7 @@ def _carry_out(session: Session, found: Plan) -> Result:
         for line in error.log:
             session.say(f"  | {line}")
         try:
-            outcome = plans.restore(session.api, found, endpoint, session.pace.back_off)
+            outcome = plans.restore(session.api, proposed, endpoint, session.pace.back_off)
         except ApiError as problem:
             outcome = f"The earlier release is not back: {problem}"
         details = {"cause": error.cause, "log": error.log, "endpoint": _summary(endpoint)}
@@ -152,20 +154,23 @@ def _carry_out(session: Session, found: Plan) -> Result:
     return {**result, "endpoint": _summary(endpoint), "output": output}
 
 
-def _plan(session: Session, found: Plan) -> Result:
-    name = found.new["name"]
-    doing = {"create": "made", "recreate": "deleted and made anew", "update": "changed"}
-    verb = doing.get(found.action, "as it should be")
-    session.say(f"{name} ({found.endpoint.id if found.endpoint else 'new'}) is to be {verb}.")
-    for change in found.changes:
+def _plan(session: Session, proposed: Plan) -> Result:
+    name = proposed.new["name"]
+    verb = {
+        "create": "will be made",
+        "recreate": "will be deleted and made anew",
+        "update": "will be changed",
+    }
+    which = proposed.endpoint.id if proposed.endpoint else "new"
+    session.say(f"{name} ({which}) {verb.get(proposed.action, 'is as it should be')}.")
+    for change in proposed.changes:
         session.say(f"  {change}")
     prices = Prices(session.api.gpus())
-    prices.check(found.new["gpu"]["pools"])
-    price = prices.per_hour(found.new["gpu"], found.new["workers"])
-    session.say(_line(price))
+    prices.check(proposed.new["gpu"]["pools"])
+    price = prices.per_hour(proposed.new["gpu"], proposed.new["workers"])
     return {
-        "action": found.action,
-        "changes": [str(change) for change in found.changes],
+        "action": proposed.action,
+        "changes": [str(change) for change in proposed.changes],
         "price_per_hour": price,
     }
 

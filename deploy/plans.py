@@ -1,4 +1,4 @@
-"""What a deploy would do, and doing it: so that each step can be repeated, and two deploys can meet."""
+"""What a deploy would do, and its steps: each can be repeated, and two deploys may meet."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def check_unchanged(api: Api, endpoint: Endpoint) -> None:
 
 
 def check_alone(api: Api, endpoint: Endpoint) -> None:
-    """RunPod has no lock. Of two endpoints of one name the later one goes; who made it is told.
+    """RunPod has no lock: of two endpoints of one name, whoever made the later one deletes it.
 
     Raises Conflict after it has deleted `endpoint`.
     """

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
 
 from tests.deploy.conftest import WORKER, Cli
-from tests.deploy.stand_in import Account, interrupt
+from tests.deploy.stand_in import Account, interrupt, problem
 
 
 def test_deploy_makes_the_endpoint_and_tells_how_to_call_it(runpod: Account, cli: Cli) -> None:
@@ -34,7 +35,9 @@ def test_http_endpoint_has_its_port_in_three_places(runpod: Account, cli: Cli) -
 
 
 def test_plan_changes_nothing(runpod: Account, cli: Cli) -> None:
-    assert cli.json("plan", "--tag=1.0.0")["action"] == "create"
+    plan = cli.json("plan", "--tag=1.0.0", env={"API_KEY": "abc", "A": "1"})
+    assert plan["action"] == "create"
+    assert {"env.API_KEY: unset -> ***", "env.A: unset -> '1'"} <= set(plan["changes"])
     assert not runpod.endpoints
     cli("deploy", "--tag=1.0.0")
     assert cli.json("plan", "--tag=1.0.0") | {"price_per_hour": 0} == {
@@ -180,15 +183,32 @@ def test_logs_follow_until_ctrl_c(runpod: Account, cli: Cli) -> None:
     cli("deploy", "--tag=1.0.0")
     asked = 0
 
-    def ctrl_c(method: str, path: str) -> None:
+    def ctrl_c(method: str, path: str) -> Any:
         nonlocal asked
         asked += path.endswith("/logs")
-        if asked == 3:  # the stream ended twice, and was taken up again
+        if asked == 4:  # the stream ended, was refused, and was taken up again where it ended
             interrupt()
+        return problem(500, "internal error") if asked == 2 and path.endswith("/logs") else None
 
     runpod.before = ctrl_c
     assert cli("logs") == 130
     assert "ep1w1 container Worker ready.\n" in cli.out
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("answer", "status"), [("n\n", 5), ("\n", 5), ("y\n", 0)])
+def test_question_on_a_terminal_is_answered(
+    runpod: Account, cli: Cli, monkeypatch: pytest.MonkeyPatch, answer: str, status: int
+) -> None:
+    cli("deploy", "--tag=1.0.0")
+    monkeypatch.setattr("sys.stdin", Terminal(answer))
+    assert cli("destroy") == status
+    assert "Delete sentence-transformers (ep1), its workers and its queued jobs? [y/N]" in cli.err
+    assert bool(runpod.endpoints) == (status == 5)
 
 
 def test_destroy_asks_and_leaves_nothing(runpod: Account, cli: Cli) -> None:

@@ -46,7 +46,9 @@ def test_failed_release_is_named_and_the_earlier_one_is_back(
     assert cli("rollback") == 6, "a release that failed is none"
 
 
-def test_earlier_release_that_cannot_be_put_back_is_told_with_the_cause(runpod: Account, cli: Cli) -> None:
+def test_earlier_release_that_cannot_be_put_back_is_reported_with_the_cause(
+    runpod: Account, cli: Cli
+) -> None:
     cli("deploy", "--tag=1.0.0")
     refused = problem(403, "access denied")
     runpod.before = lambda method, path: (
@@ -245,7 +247,7 @@ def test_two_deploys_at_once_leave_one_endpoint(runpod: Account) -> None:
     assert f"Another deploy made {WORKER} at the same time, as {endpoint['id']}" in str(conflict)
 
 
-def test_second_endpoint_that_appears_during_the_wait_is_told(runpod: Account, cli: Cli) -> None:
+def test_second_endpoint_that_appears_during_the_wait_is_reported(runpod: Account, cli: Cli) -> None:
     def twin(method: str, path: str) -> None:
         if path.endswith("/workers") and "twin" not in runpod.endpoints:
             runpod.create({**runpod.endpoints["ep1"], "id": "twin"}, "twin")

@@ -1,4 +1,4 @@
-"""The whole way with a real worker: the stand-in starts it when the endpoint is made, as RunPod would."""
+"""A deploy with a real worker: the stand-in starts it when the endpoint is made, as RunPod would."""
 
 from __future__ import annotations
 
