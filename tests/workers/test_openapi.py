@@ -87,7 +87,8 @@ def short(body: Any) -> Any:
 @pytest.mark.parametrize("worker", worker_names())
 def test_answers_are_those_of_the_openapi_document(worker: str) -> None:
     env = env_of() if worker == "vllm" else local_env(worker)
-    with running(module=f"workers.{worker}.handler", **env, OMP_NUM_THREADS="1", PREWARM="false") as server:
+    env = {**env, "OMP_NUM_THREADS": "1", "PREWARM": "false"}
+    with running(module=f"workers.{worker}.handler", **env) as server:
         schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
         operations = {result.ok().path: result.ok() for result in schema.get_all_operations()}
         for path, bodies in GOOD[worker].items():

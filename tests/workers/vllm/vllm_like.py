@@ -49,6 +49,14 @@ async def obey(prompt: str) -> None:
 async def completions(request: web.Request) -> web.StreamResponse:
     body = await request.json()
     name = f"cmpl-{request.headers['X-Request-Id']}"
+    if not isinstance(body.get("prompt"), str):
+        error = {
+            "message": "prompt: a text is needed",
+            "type": "BadRequestError",
+            "param": "prompt",
+            "code": 400,
+        }
+        return web.json_response({"error": error}, status=400)
     if body["prompt"].startswith("fail"):
         status = int(body["prompt"][5:])
         error = {"message": "as asked", "type": "AsAskedError", "param": "prompt", "code": status}
