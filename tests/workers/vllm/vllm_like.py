@@ -76,7 +76,8 @@ async def completions(request: web.Request) -> web.StreamResponse:
 
 
 async def models(_: web.Request) -> web.Response:
-    return web.json_response({"object": "list", "data": [{"id": "model", "object": "model", "created": 1}]})
+    model = {"id": "model", "object": "model", "created": 1, "owned_by": "vllm"}
+    return web.json_response({"object": "list", "data": [model]})
 
 
 async def openapi(_: web.Request) -> web.Response:
