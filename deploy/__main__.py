@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from deploy import commands, size
+from deploy import commands, hub, size
 from deploy.api import Api, ApiError, LogLine
 from deploy.commands import Declined, Failed, Missing, Result, Session
 from deploy.config import ConfigError
@@ -34,7 +34,7 @@ COMMANDS = {
     "status": commands.status,
     "destroy": commands.destroy,
 }
-OFFLINE = {"size": size.main}
+OFFLINE = {"size": size.main, "hub-export": hub.main}
 _STATUS: dict[type[Exception], int] = {
     Failed: 1,
     ConfigError: 2,

@@ -25,7 +25,8 @@ def toml(worker: str, model: Model, found: list[Fit], context: int | None) -> st
     lines = [f"pools = {json.dumps(pools)}", f"gpu_count = {count}", f"disk_gb = {disk}", "", "[env]"]
     lines.append(f"MODEL_NAME = {json.dumps(model.name)}")
     if context:
-        lines.append(f'{_LENGTH.get(worker, "MAX_MODEL_LEN")} = "{context}"')
+        variable = "MAX_TOTAL_TOKENS" if worker == "tgi" else "MAX_MODEL_LEN"
+        lines.append(f'{variable} = "{context}"')
     return "\n".join(lines)
 
 
