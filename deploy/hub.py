@@ -43,8 +43,8 @@ if __name__ == "__main__":
     runpy.run_module("workers.{worker}.handler", run_name="__main__")
 '''
 _NOTE = """
-> Made by `make hub-export-{worker}` from a repository of several workers, which has the `make` commands and the
-> folders that are named here. Here, `docker build .` makes the image.
+> Made by `make hub-export-{worker}` from a repository of several workers, which has the `make` commands and
+> the folders named here. Here, `docker build .` makes the image.
 """
 
 

@@ -120,12 +120,13 @@ def text_config(config: dict[str, Any]) -> Any:
 def kv_cache(config: dict[str, Any]) -> KVCache:
     """That of the model with this config.json. Raises UnknownArchitecture rather than guess."""
     text = text_config(config)
-    kind, layers, heads = text.model_type, text.num_hidden_layers, text.num_attention_heads
+    kind = text.model_type
     if kind not in _HEADS | _LATENT:
         raise UnknownArchitecture(f"how a model of type {kind} keeps its KV cache is not known here.")
     for name in _BEYOND:
         if getattr(text, name, None):
             raise UnknownArchitecture(f"{name} of {kind} adds to its KV cache, or shares it.")
+    layers, heads = text.num_hidden_layers, text.num_attention_heads
     if kind in _LATENT:
         width = text.kv_lora_rank + text.qk_rope_head_dim
         return KVCache(layers, 0, 0, 1, width, heads)
