@@ -31,7 +31,7 @@ DEPLOY = $(PY) -m deploy $(1) $(2) $(call given,NAME,--name '$(NAME)') $(call gi
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-fast test-soak test-locks test-images test-vllm lint fmt bench docs lock \
         new-worker clean build push \
-        $(foreach verb,run serve build push shell $(DEPLOY_VERBS),$(WORKERS:%=$(verb)-%))
+        $(foreach verb,run serve build push shell $(DEPLOY_VERBS) size hub-export,$(WORKERS:%=$(verb)-%))
 
 ##@ Try it
 run: $(MADE) ## The embeddings worker with a real model, on this machine, from cold start to answers
@@ -105,6 +105,11 @@ $(WORKERS:%=logs-%): logs-%: $(MADE) ## Follow the logs of its workers
 	@$(call DEPLOY,logs,$*)
 $(WORKERS:%=destroy-%): destroy-%: $(MADE) ## Delete the endpoint, after a question
 	@$(call DEPLOY,destroy,$*)
+
+$(WORKERS:%=size-%): size-%: $(MADE) ## Which GPUs hold MODEL_NAME and what they cost; needs no account; ARGS=--help
+	@$(PY) -m deploy size $* $(ARGS)
+$(WORKERS:%=hub-export-%): hub-export-%: $(MADE) ## A repository of its own for RunPod's Hub, in dist/hub
+	@$(PY) -m deploy hub-export $* $(ARGS)
 
 ##@ And
 help: ## This list

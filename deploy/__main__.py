@@ -1,5 +1,6 @@
 """`python -m deploy <command> <worker>`: what the make targets plan-, deploy-, rollback-, status-, logs- and
-destroy-<worker> run. RUNPOD_API_KEY is read from the environment.
+destroy-<worker> run. RUNPOD_API_KEY is read from the environment. The commands size and hub-export, which
+need no account, have options of their own: `python -m deploy size --help`.
 
 Exit status: 0 done, or nothing to do; 1 the endpoint did not get ready, and the earlier release is back;
 2 wrong arguments, variables or deploy.toml; 3 RunPod refused, or cannot be reached; 4 two endpoints of one
@@ -18,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from deploy import commands
+from deploy import commands, hub, size
 from deploy.api import Api, ApiError, LogLine
 from deploy.commands import Declined, Failed, Missing, Result, Session
 from deploy.config import ConfigError
@@ -33,6 +34,7 @@ COMMANDS = {
     "status": commands.status,
     "destroy": commands.destroy,
 }
+OFFLINE = {"size": size.main, "hub-export": hub.main}
 _STATUS: dict[type[Exception], int] = {
     Failed: 1,
     ConfigError: 2,
@@ -45,6 +47,13 @@ _STATUS: dict[type[Exception], int] = {
 
 def main(argv: list[str] | None = None, pace: Pace | None = None) -> int:
     """Run one command and return its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in OFFLINE:
+        try:
+            return OFFLINE[argv[0]](argv[1:])
+        except (ConfigError, ApiError) as error:
+            print(error, file=sys.stderr)
+            return _STATUS[ApiError if isinstance(error, ApiError) else ConfigError]
     parser = argparse.ArgumentParser(
         prog="python -m deploy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

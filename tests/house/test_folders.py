@@ -21,6 +21,7 @@ FILES = {
 }
 VERBS = ("run", "serve", "build", "push", "shell")
 DEPLOY_VERBS = ("plan", "deploy", "rollback", "status", "logs", "destroy")
+OFFLINE_VERBS = ("size", "hub-export")
 # Those that load seconds of code, and whatever imports one of them.
 MODEL_LIBRARIES = {
     *("torch", "transformers", "sentence_transformers", "tokenizers", "ctranslate2", "faster_whisper", "TTS"),
@@ -52,11 +53,16 @@ def test_bake_has_a_line_for_each_worker_and_no_other() -> None:
 @each_worker
 def test_make_has_its_targets(name: str) -> None:
     shown = make(
-        "--dry-run", *(f"{verb}-{name}" for verb in (*VERBS, *DEPLOY_VERBS)), "NAME=mine", "TYPE=http"
+        "--dry-run",
+        *(f"{verb}-{name}" for verb in (*VERBS, *DEPLOY_VERBS, *OFFLINE_VERBS)),
+        "NAME=mine",
+        "TYPE=http",
     )
     assert f"tools.start run {name}" in shown
     for verb in DEPLOY_VERBS:
         assert f"-m deploy {verb} {name} --name 'mine' --type 'http'" in " ".join(shown.split())
+    for verb in OFFLINE_VERBS:
+        assert f"-m deploy {verb} {name}" in shown
 
 
 def test_make_help_lists_every_target_and_worker() -> None:
