@@ -118,7 +118,7 @@ class Answer(BaseModel):
     parsed: dict[str, Any] = Field(description="The same under the task's prompt, in pixels of the image")
     finish_reason: Literal["stop", "length"] = Field(description="`length`: cut off at `max_tokens`")
     width: int = Field(description="Pixels of the image, upright by its EXIF orientation")
-    height: int = Field(description="The same")
+    height: int = Field(description="Height of the image in pixels")
     annotated: str | None = Field(
         description="PNG in base64, its longer side at most 1536 pixels; null without `annotate`, and "
         "for answers without regions"

@@ -27,7 +27,7 @@ async def generate(request: GenerateRequest, engine: Engine) -> GenerateResponse
     answer, headers = await engine.call(
         "/generate",
         _generate_body(request, prompt, engine),
-        request.names,
+        request.tgi_names,
         shorten=not request.max_tokens,
     )
     details = answer["details"]
@@ -49,7 +49,7 @@ async def stream_generate(
     async def texts() -> AsyncIterator[str]:
         before = prompt if request.return_full_text else ""
         stream = engine.events(
-            "/generate_stream", body, request.names, shorten=not request.max_tokens, in_posts=in_posts
+            "/generate_stream", body, request.tgi_names, shorten=not request.max_tokens, in_posts=in_posts
         )
         async with aclosing(stream) as parts:
             async for events in parts:
@@ -90,7 +90,7 @@ class _StreamedAnswer:
 
 def _generate_body(request: GenerateRequest, prompt: str, engine: Engine) -> dict[str, Any]:
     engine.adapter(request.adapter_id, "adapter_id")
-    engine.check_length(request.max_tokens, request.names)
+    engine.check_length(request.max_tokens, request.tgi_names)
     return {"inputs": prompt, "parameters": parameters(request, request.max_tokens or DEFAULT_TOKENS)}
 
 
@@ -133,7 +133,7 @@ def _end_at_stop(text: str | None, stops: list[str]) -> tuple[str | None, bool]:
 async def complete(request: OpenAICall, engine: Engine, job_id: str) -> dict[str, Any]:
     path, body, head = _prepare(request, engine, job_id)
     answer: dict[str, Any]
-    answer, _ = await engine.call(path, body, request.names)
+    answer, _ = await engine.call(path, body, request.tgi_names)
     for choice in answer["choices"]:
         holder, key = _text_of(choice)
         holder[key], stopped = _end_at_stop(holder.get(key), request.stop)
@@ -147,7 +147,7 @@ async def stream_complete(
     """Server-sent events. in_posts: see `EngineClient.stream`."""
     path, body, head = _prepare(request, engine, job_id)
     chunks = _Chunks(request, head)
-    async with aclosing(engine.events(path, body, request.names, in_posts=in_posts)) as parts:
+    async with aclosing(engine.events(path, body, request.tgi_names, in_posts=in_posts)) as parts:
         async for events in parts:
             if text := "".join(map(chunks.translate, events)):
                 yield text
@@ -211,7 +211,7 @@ def _prepare(request: OpenAICall, engine: Engine, job_id: str) -> tuple[str, dic
     """TGI's route, its body, and the fields of the answer that TGI does not know."""
     adapter = engine.adapter(request.model)
     body = openai_body(request, adapter)
-    engine.check_length(body.get("max_tokens"), request.names)
+    engine.check_length(body.get("max_tokens"), request.tgi_names)
     is_chat = isinstance(request, ChatRequest)
     head = {
         "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{job_id}",

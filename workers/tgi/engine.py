@@ -95,7 +95,7 @@ class Engine:
         if request.messages is None:
             return request.prompt or ""
         body = {"messages": without_nulls(request.messages)}
-        answer, _ = await self.call("/chat_tokenize", body, request.names)
+        answer, _ = await self.call("/chat_tokenize", body, request.tgi_names)
         text: str = answer["templated_text"]
         first = next(iter(answer["tokenize_response"]), None)
         if first and first["id"] == self.bos:

@@ -17,8 +17,8 @@ from pydantic import (
 from serving.engine_server.openai_objects import ChatCompletion, ChatCompletionChunk, Completion
 from serving.openai_chat import StreamOptions
 from shared.errors import invalid
-from shared.jobs import Request
 from shared.openai import ModelsRequest, OpenAIRequest, Usage
+from shared.requests import Request, as_list
 from shared.results import EVENTS, JSON
 from shared.settings import WorkerSettings
 
@@ -89,13 +89,9 @@ class Settings(WorkerSettings):
 # ---- requests ------------------------------------------------------------------------------------------
 
 
-def _as_list(value: Any) -> Any:
-    return [] if value is None else [value] if isinstance(value, str) else value
-
-
 _StopText = Annotated[str, Field(min_length=1, max_length=200)]
 _StopList = Annotated[list[_StopText], Field(max_length=64)]
-Stop = Annotated[_StopList, BeforeValidator(_as_list, json_schema_input_type=_StopText | _StopList)]
+Stop = Annotated[_StopList, BeforeValidator(as_list, json_schema_input_type=_StopText | _StopList)]
 _Prompts = Annotated[list[str], Field(min_length=1)]
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
 Tokens = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -133,9 +129,11 @@ class GenerateRequest(Request):
     truncate: int | None = Field(None, ge=1, description="Use only this many of the prompt's last tokens")
     return_full_text: bool = Field(False, description="Put the prompt before the answer")
     details: bool = Field(False, description="Return each token and its log probability in `details`")
-    decoder_input_details: bool = Field(False, description="Those of the prompt, too; not with `stream`")
+    decoder_input_details: bool = Field(
+        False, description="Return the prompt's tokens and log probabilities, too; not with `stream`"
+    )
     top_n_tokens: int | None = Field(
-        None, ge=0, description="This many of the likeliest tokens at each position, too"
+        None, ge=0, description="Return this many of the likeliest tokens at each position, too"
     )
     grammar: dict[str, Any] | None = Field(
         None,
@@ -157,7 +155,7 @@ class GenerateRequest(Request):
         return self
 
     @property
-    def names(self) -> dict[str, str]:
+    def tgi_names(self) -> dict[str, str]:
         """The names that TGI's fields have in this request."""
         return {
             "inputs": "prompt" if self.messages is None else "messages",
@@ -206,7 +204,9 @@ class ChatRequest(OpenAIBody):
     )
     max_completion_tokens: Tokens | None = Field(None, description="Newer name of `max_tokens`")
     logprobs: bool | None = Field(None, description="Return each token's log probability")
-    top_logprobs: int | None = Field(None, ge=0, description="Those of the likeliest tokens beside it, too")
+    top_logprobs: int | None = Field(
+        None, ge=0, description="Return this many of the likeliest tokens at each position, too"
+    )
     tools: list[dict[str, Any]] | None = Field(None, description="Tools that the model may call")
     tool_choice: str | dict[str, Any] | None = Field(None, description="`auto`, `none`, `required` or a tool")
     response_format: dict[str, Any] | None = Field(
@@ -214,7 +214,7 @@ class ChatRequest(OpenAIBody):
     )
 
     @property
-    def names(self) -> dict[str, str]:
+    def tgi_names(self) -> dict[str, str]:
         """The names that TGI's fields have in this request."""
         return {
             "inputs": "messages",
@@ -227,12 +227,12 @@ class ChatRequest(OpenAIBody):
 class CompletionRequest(OpenAIBody):
     """The body of POST /v1/completions."""
 
-    prompt: Annotated[_Prompts, BeforeValidator(_as_list, json_schema_input_type=str | _Prompts)] = Field(
+    prompt: Annotated[_Prompts, BeforeValidator(as_list, json_schema_input_type=str | _Prompts)] = Field(
         description="A text, or up to MAX_CLIENT_BATCH_SIZE (4)"
     )
 
     @property
-    def names(self) -> dict[str, str]:
+    def tgi_names(self) -> dict[str, str]:
         """The names that TGI's fields have in this request."""
         return {"inputs": "prompt", "max_new_tokens": "max_tokens"}
 

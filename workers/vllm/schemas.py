@@ -11,9 +11,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from shared.errors import invalid
-from shared.jobs import Request
 from shared.openai import ModelsRequest, OpenAIRequest
-from shared.requests import validate
+from shared.requests import Request, validate
 from shared.settings import WorkerSettings
 
 

@@ -142,7 +142,9 @@ class WhisperResponse(BaseModel):
     text: str = Field(description="All recognised speech")
     chunks: list[Chunk] = Field(description="With `timestamps`: segments or words with their times")
     language: str | None = Field(description="Code of the spoken language; null where there is no speech")
-    language_probability: float | None = Field(description="Of the detected language; null if it was given")
+    language_probability: float | None = Field(
+        description="Probability of the detected language; null if it was given"
+    )
     task: Task = Field(description="The task of the request")
     duration: float = Field(description="Length of the audio in seconds")
     segments: list[Segment] = Field(description="Recognised speech in segments, in order")

@@ -143,7 +143,9 @@ TOO_LONG = (
 )
 def test_validation_errors_name_the_field(text: str, param: str, code: str) -> None:
     request = validate(schemas.GenerateRequest, {"prompt": "a"})
-    error = translate.explain(JobError(f"Input validation error: {text}", code="validation"), request.names)
+    error = translate.explain(
+        JobError(f"Input validation error: {text}", code="validation"), request.tgi_names
+    )
     assert (error.param, error.code, error.type) == (param, code, "invalid_request_error")
     assert error.message.startswith(f"{param}: ")
     assert not [name for name in ("`", "inputs", "max_new_tokens") if name in error.message]
