@@ -29,8 +29,8 @@ DEPLOY = $(PY) -m deploy $(1) $(2) $(call given,NAME,--name '$(NAME)') $(call gi
            $(if $(CONFIG),--config '$(CONFIG)') $(if $(JSON),--json) $(if $(YES),--yes) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast test-soak test-locks test-images test-vllm lint fmt bench docs lock \
-        new-worker clean build push \
+.PHONY: help setup run test test-fast test-soak quality test-locks test-images test-vllm \
+        lint fmt bench docs lock new-worker clean build push \
         $(foreach verb,run serve build push shell $(DEPLOY_VERBS),$(WORKERS:%=$(verb)-%))
 
 ##@ Try it
@@ -47,9 +47,11 @@ setup: $(MADE) ## Make the environment in .venv; every target that needs it does
 test: $(MADE) $(MADE_VLLM) ## Every test but test-soak's and test-locks'
 	@$(PY) -m pytest $(ARGS)
 test-fast: $(MADE) ## The tests that load no model and start no worker
-	@$(PY) -m pytest -m 'not engine and not network and not soak' $(ARGS)
+	@$(PY) -m pytest -m 'not engine and not network and not soak and not quality' $(ARGS)
 test-soak: $(MADE) $(MADE_VLLM) ## The tests that run for minutes: thousands of jobs, hours of audio
 	@$(PY) -m pytest -m soak $(ARGS)
+quality: $(MADE) $(MADE_VLLM) ## Real models beside their peers: word errors, rankings, tokens; writes a page
+	@$(PY) -m pytest -m 'engine or quality' tests/quality $(ARGS)
 test-locks: $(MADE) ## The tests that ask PyPI: the locks compile to what they are, each package has a wheel
 	@$(PY) -m pytest -m network $(ARGS)
 test-vllm: $(MADE) $(MADE_VLLM) ## The vllm worker's tests, with the real vLLM on this CPU
