@@ -30,7 +30,7 @@ from benchmarks.harness import (
     write,
 )
 from local import running
-from tools.models import real_env, minilm
+from tools.models import minilm, real_env
 
 WORKER = "sentence-transformers"
 NAIVE = HERE / "naive" / f"{WORKER}.py"

@@ -67,7 +67,7 @@ def summary(results: dict[str, Errors]) -> list[float]:
 def report(measured: Measured) -> None:
     text = (
         "Whisper base, greedy, the language given: 30 s of a real telephone call, and espeak-ng's voices in "
-        "six languages, about 15 s each; means of the seven. Then 30 s each of silence, white noise and chords. "
+        "six languages, about 15 s each; means of the seven. Then 30 s each of silence, noise and chords. "
         "Words: wrong ones as a part of those said. Starts: the mean distance in seconds from where a word "
         "begins, of words recognised rightly. Invented: seconds of segments where nobody speaks."
     )

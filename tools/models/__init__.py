@@ -48,7 +48,7 @@ LOCAL: dict[str, Callable[[], dict[str, str]]] = {
     "florence2": _served("florence2", tiny_florence2.make, "tiny/Florence-2"),
     "huggingface": _served("huggingface", tiny_causal.make, "tiny-random/llama"),
     "llava": _served("llava", tiny_llava.make, "tiny/llava"),
-    "vllm": _served("engines", tiny_causal.make_for_engines, "tiny-random/llama"),
+    "vllm": _served("engines", vllm_cpu.make_model, "tiny-random/llama"),
     "sentence-transformers": _served("bge", tiny_retrieval.tiny_bge, "tiny-random/embeddings"),
     "tgi": _served("huggingface", tiny_causal.make, "stand-in/no-model"),
     "whisper": _served("whisper", tiny_whisper.make, "tiny/whisper"),
