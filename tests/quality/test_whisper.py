@@ -46,6 +46,7 @@ async def measure() -> Measured:
                 torch.manual_seed(0)
                 ctranslate2.set_random_seed(0)
                 measured[name][recording.name] = errors(recording, await transcribe(recording))
+                print(name, recording.name, measured[name][recording.name], flush=True)
     return measured
 
 
