@@ -42,7 +42,7 @@ class Utterance:
 
 
 def telephone_call() -> tuple[bytes, list[Utterance]]:
-    """The recording, a WAV file, and what is said in it. Raises real.Unavailable."""
+    """The recording, a WAV file, and its transcript. Raises real.Unavailable."""
     folder = real.folder("telephone-call")
     utterances = []
     for line in (folder / "sample.stm").read_text().splitlines():
@@ -52,18 +52,18 @@ def telephone_call() -> tuple[bytes, list[Utterance]]:
 
 
 def side_by_side(words: list[dict[str, Any]], utterances: list[Utterance]) -> str:
-    """What was recognised beside what was said; each word beside the utterance nearest to its middle."""
+    """The words recognised, each beside the utterance nearest to its middle."""
     lines: list[list[dict[str, Any]]] = [[] for _ in utterances]
     for word in words:
         middle = (word["start"] + word["end"]) / 2
-        distances = [max(said.start - middle, middle - said.end) for said in utterances]
+        distances = [max(utterance.start - middle, middle - utterance.end) for utterance in utterances]
         lines[distances.index(min(distances))].append(word)
-    text = [f"  {'recognised':<50}said, by the sample's own transcript"]
-    for said, line in zip(utterances, lines, strict=True):
+    text = [f"  {'recognised':<50}the sample's own transcript"]
+    for utterance, line in zip(utterances, lines, strict=True):
         left = f"{line[0]['start']:5.2f} {line[-1]['end']:5.2f}  " if line else ""
         left += " ".join(word["word"] for word in line)
         right = textwrap.wrap(
-            f"{said.start:5.2f} {said.end:5.2f}  {said.text}", 60, subsequent_indent=" " * 13
+            f"{utterance.start:5.2f} {utterance.end:5.2f}  {utterance.text}", 60, subsequent_indent=" " * 13
         )
         for a, b in itertools.zip_longest(textwrap.wrap(left, 48, subsequent_indent=" " * 13), right):
             text.append(f"  {a or '':<50}{b or ''}")

@@ -1,4 +1,4 @@
-"""What a transcript differs by from what was said."""
+"""How a transcript differs from its reference."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tests.quality.transcribers import Recognised, Timed
 
 @dataclass(frozen=True)
 class Errors:
-    """words: wrong ones, as a part of those that were said. The others: seconds, of words recognised rightly.
+    """words: the word error rate. The others: seconds, of words recognised rightly.
 
-    word_start, segment_start: the mean. invented: the length of segments where nobody speaks.
+    word_start, segment_start: the mean. hallucinated: the length of segments where nobody speaks.
     """
 
     words: float
     word_start: float
     segment_start: float
-    invented: float
+    hallucinated: float
 
 
 @cache
@@ -37,17 +37,17 @@ def normalized(words: list[SpokenWord] | list[Timed], language: str) -> list[tup
     return [(part, word.start) for word in words for part in normalizer(language)(word.text).split()]
 
 
-def align(said: list[str], found: list[str]) -> tuple[int, list[tuple[int, int]]]:
-    """The edit distance, and which words of `said` are which of `found`."""
-    costs = np.zeros((len(said) + 1, len(found) + 1), int)
-    costs[:, 0], costs[0] = range(len(said) + 1), range(len(found) + 1)
-    for i, word in enumerate(said, 1):
-        for j, other in enumerate(found, 1):
+def align(reference: list[str], hypothesis: list[str]) -> tuple[int, list[tuple[int, int]]]:
+    """The edit distance, and which words of `reference` are which of `hypothesis`."""
+    costs = np.zeros((len(reference) + 1, len(hypothesis) + 1), int)
+    costs[:, 0], costs[0] = range(len(reference) + 1), range(len(hypothesis) + 1)
+    for i, word in enumerate(reference, 1):
+        for j, other in enumerate(hypothesis, 1):
             change = costs[i - 1, j - 1] + (word != other)
             costs[i, j] = min(change, costs[i - 1, j] + 1, costs[i, j - 1] + 1)
-    pairs, i, j = [], len(said), len(found)
+    pairs, i, j = [], len(reference), len(hypothesis)
     while i and j:
-        if said[i - 1] == found[j - 1] and costs[i, j] == costs[i - 1, j - 1]:
+        if reference[i - 1] == hypothesis[j - 1] and costs[i, j] == costs[i - 1, j - 1]:
             pairs.append((i - 1, j - 1))
             i, j = i - 1, j - 1
         elif costs[i, j] == costs[i - 1, j - 1] + 1:
@@ -61,28 +61,28 @@ def align(said: list[str], found: list[str]) -> tuple[int, list[tuple[int, int]]
 
 def errors(recording: Recording, recognised: Recognised) -> Errors:
     if not recording.words:
-        invented = sum(segment.end - segment.start for segment in recognised.segments)
-        return Errors(0.0, 0.0, 0.0, invented)
+        hallucinated = sum(segment.end - segment.start for segment in recognised.segments)
+        return Errors(0.0, 0.0, 0.0, hallucinated)
     language = recording.language
-    said, found = normalized(recording.words, language), normalized(recognised.words, language)
-    distance, pairs = align([text for text, _ in said], [text for text, _ in found])
+    reference, hypothesis = normalized(recording.words, language), normalized(recognised.words, language)
+    distance, pairs = align([text for text, _ in reference], [text for text, _ in hypothesis])
     word_starts = [
-        abs(found[j][1] - said[i][1])  # type: ignore[operator]
+        abs(hypothesis[j][1] - reference[i][1])  # type: ignore[operator]
         for i, j in pairs
-        if said[i][1] is not None
+        if reference[i][1] is not None
     ]
     # Of a segment, its first word, where that is recognised and known.
     firsts: list[tuple[str, float | None]] = []
     for segment in recognised.segments:
         parts = normalizer(language)(segment.text).split()
         firsts += [(part, None if i else segment.start) for i, part in enumerate(parts)]
-    _, pairs = align([text for text, _ in said], [text for text, _ in firsts])
+    _, pairs = align([text for text, _ in reference], [text for text, _ in firsts])
     segment_starts = [
-        abs(firsts[j][1] - said[i][1])  # type: ignore[operator]
+        abs(firsts[j][1] - reference[i][1])  # type: ignore[operator]
         for i, j in pairs
-        if said[i][1] is not None and firsts[j][1] is not None
+        if reference[i][1] is not None and firsts[j][1] is not None
     ]
-    return Errors(distance / len(said), mean(word_starts), mean(segment_starts), 0.0)
+    return Errors(distance / len(reference), mean(word_starts), mean(segment_starts), 0.0)
 
 
 def mean(values: list[float]) -> float:

@@ -94,7 +94,7 @@ def call() -> Recording:
     return Recording("telephone call", samples, "en", words)
 
 
-def nothing_said(seconds: float = 30.0) -> list[Recording]:
+def non_speech(seconds: float = 30.0) -> list[Recording]:
     """Silence, noise, and chords of six tones that change every second."""
     rng, times = np.random.default_rng(0), np.arange(int(seconds * RATE)) / RATE
     music = np.zeros_like(times)

@@ -60,11 +60,11 @@ async def greedy(worker: ModuleType, prompts: Sequence[str], max_tokens: int) ->
 
 
 def differences(answers: Sequence[Sequence[str]], wanted: Sequence[Generated]) -> list[str]:
-    found = []
+    different = []
     for prompt, tokens, generated in zip(PROMPTS, answers, wanted, strict=False):
         assert len(generated.tokens) > 4, prompt
-        found += [f"{prompt} {text}"] if (text := generated.difference(tokens)) else []
-    return found
+        different += [f"{prompt} {text}"] if (text := generated.difference(tokens)) else []
+    return different
 
 
 @pytest.mark.engine
@@ -146,15 +146,15 @@ LINES: dict[str, list[str | float]] = {}
 
 def report(name: str, answers: Sequence[Sequence[str]], wanted: Sequence[Generated]) -> list[str]:
     """The differences, which go into the page."""
-    found = differences(answers, wanted)
+    different = differences(answers, wanted)
     pairs = list(zip(answers, wanted, strict=True))
     same = sum(list(ours) == generated.tokens for ours, generated in pairs)
     tokens = sum(len(generated.tokens) for generated in wanted)
-    LINES[name] = [name, str(len(pairs)), str(tokens), str(same), str(len(pairs) - same), str(len(found))]
+    LINES[name] = [name, str(len(pairs)), str(tokens), str(same), str(len(pairs) - same), str(len(different))]
     text = (
         "SmolLM2-135M-Instruct, greedy, all prompts sent at once, beside transformers' `generate` of each. "
         f"A tie: the two likeliest logits of `generate` differ by less than {TIE:g}."
     )
     head = ["worker", "prompts", "tokens", "the same", "another token", "of them not at a tie"]
     page.write("Language models", text, page.table(head, list(LINES.values())))
-    return found
+    return different

@@ -12,7 +12,7 @@ import pytest
 
 from tests.quality import page
 from tests.quality.measures import Errors, errors
-from tests.quality.speech import SENTENCES, call, espeak_missing, nothing_said, spoken
+from tests.quality.speech import SENTENCES, call, espeak_missing, non_speech, spoken
 from tests.quality.transcribers import Transcribe, faster_whisper, ours, pipeline
 
 SYSTEMS: dict[str, Callable[[], AbstractContextManager[Transcribe]]] = {
@@ -37,7 +37,7 @@ async def measure() -> Measured:
     import ctranslate2
     import torch
 
-    recordings = [call(), *map(spoken, SENTENCES), *nothing_said()]
+    recordings = [call(), *map(spoken, SENTENCES), *non_speech()]
     measured: Measured = {}
     for name, make in SYSTEMS.items():
         with make() as transcribe:
@@ -46,7 +46,6 @@ async def measure() -> Measured:
                 torch.manual_seed(0)
                 ctranslate2.set_random_seed(0)
                 measured[name][recording.name] = errors(recording, await transcribe(recording))
-                print(name, recording.name, measured[name][recording.name], flush=True)
     return measured
 
 
@@ -60,26 +59,26 @@ def mean(results: dict[str, Errors], field: str, *, spoken: bool) -> float:
 
 
 def summary(results: dict[str, Errors]) -> list[float]:
-    """Errors of words, of their starts and of segments' starts, and seconds invented."""
+    """Errors of words, of their starts and of segments' starts, and seconds hallucinated."""
     fields = [mean(results, field, spoken=True) for field in ("words", "word_start", "segment_start")]
-    return [*fields, mean(results, "invented", spoken=False)]
+    return [*fields, mean(results, "hallucinated", spoken=False)]
 
 
 def report(measured: Measured) -> None:
     text = (
         "Whisper base, greedy, the language given: 30 s of a real telephone call, and espeak-ng's voices in "
         "six languages, about 15 s each; means of the seven. Then 30 s each of silence, noise and chords. "
-        "Words: wrong ones as a part of those said. Starts: the mean distance in seconds from where a word "
-        "begins, of words recognised rightly. Invented: seconds of segments where nobody speaks."
+        "Words: the word error rate. Starts: the mean distance in seconds from where a word "
+        "begins, of words recognised rightly. Hallucinated: seconds of segments where nobody speaks."
     )
-    head = ["", "words", "word starts", "segment starts", "invented"]
+    head = ["", "words", "word starts", "segment starts", "hallucinated"]
     page.write(
         "Whisper", text, page.table(head, [[name, *summary(results)] for name, results in measured.items()])
     )
     names = list(next(iter(measured.values())))
     parts = []
-    for field in ("words", "word_start", "segment_start", "invented"):
-        silent = field == "invented"
+    for field in ("words", "word_start", "segment_start", "hallucinated"):
+        silent = field == "hallucinated"
         shown = [name for name in names if (name in ("silence", "noise", "music")) == silent]
         lines = [
             [system, *(float(getattr(results[name], field)) for name in shown)]
@@ -115,6 +114,6 @@ async def test_a_telephone_call(fetched: Callable[[str], Path], engine: str) -> 
     for key in ("telephone-call", "whisper-base-ctranslate2"):
         fetched(key)
     with ours(engine, vad=True) as transcribe:
-        found = errors(call(), await transcribe(call()))
-    assert found.words < 0.2
-    assert found.word_start < 0.25
+        result = errors(call(), await transcribe(call()))
+    assert result.words < 0.2
+    assert result.word_start < 0.25

@@ -64,10 +64,10 @@ def faster_whisper(*, vad: bool) -> Iterator[Transcribe]:
     model = WhisperModel(str(real.folder("whisper-base-ctranslate2")), device="cpu", compute_type="float32")
 
     async def transcribe(recording: Recording) -> Recognised:
-        found, _ = model.transcribe(
+        generator, _ = model.transcribe(
             recording.samples, language=recording.language, beam_size=1, word_timestamps=True, vad_filter=vad
         )
-        segments = list(found)
+        segments = list(generator)
         words = [Timed(w.word, w.start, w.end) for s in segments for w in s.words or []]
         return Recognised([Timed(s.text, s.start, s.end) for s in segments], words)
 

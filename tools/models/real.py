@@ -176,8 +176,8 @@ def folder(key: str) -> Path:
                 for part in model.weights:
                     with (files / part).open("rb") as file:
                         shutil.copyfileobj(file, joined)
-            if (found := sha256(weights)) != model.sha256:
-                raise Unavailable(f"The weights of {model.name} have sha256 {found}, not {model.sha256}.")
+            if (actual := sha256(weights)) != model.sha256:
+                raise Unavailable(f"The weights of {model.name} have sha256 {actual}, not {model.sha256}.")
             model.convert(files, weights, new)
 
     converter = (
