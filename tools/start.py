@@ -33,6 +33,16 @@ def model_env(worker: str) -> tuple[dict[str, str], bool]:
     return local_env(worker), False
 
 
+def in_any_place(env: Mapping[str, str]) -> dict[str, str]:
+    """Of `env`, what an image takes too: it has an engine of its own."""
+    return {name: value for name, value in env.items() if name not in ("ENGINE_COMMAND", "PATH")}
+
+
+def image_env(worker: str) -> dict[str, str]:
+    """Environment variables with which the image of `worker` runs on this machine, with a tiny model."""
+    return in_any_place(local_env(worker))
+
+
 def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -67,8 +77,7 @@ def start(command: str, worker: str, *rest: str) -> int:
     if not own_model:
         env, is_real = model_env(worker)
     if in_container:
-        # They say where the engine is on this machine.
-        env = {name: value for name, value in env.items() if name not in ("ENGINE_COMMAND", "PATH")}
+        env = in_any_place(env)
     os.environ.update(env)
     arguments = in_image(worker, env) if in_container else []
     if is_real and "--input" not in rest and (job := demos.job_file(worker)):
