@@ -51,9 +51,9 @@ async def measure() -> Measured:
 
 FIELDS = ("words", "word_start", "segment_start", "hallucinated")
 SILENT = ("silence", "noise", "music")
-# By how much a field may be worse than a peer's. faster-whisper pads a window's spectrogram, openai/whisper and
-# transformers its audio: with VAD the first happens to suit these robotic voices, without it the second. With
-# its audio padded, faster-whisper makes the worker's words. Fallback also samples at random.
+# By how much a field may be worse than a peer's. faster-whisper pads a window's spectrogram, openai/whisper
+# and transformers its audio: with VAD the first happens to suit these robotic voices, without it the second.
+# With padded audio faster-whisper makes the worker's words. Fallback also samples at random.
 SLACK = {"words": 0.07, "word_start": 0.025, "segment_start": 0.05, "hallucinated": 0.5}
 
 
