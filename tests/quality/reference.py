@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from tests.quality.prompts import chat
@@ -22,7 +23,7 @@ class Generated:
 
     def difference(self, tokens: Sequence[str]) -> str | None:
         """Where and how `tokens` differ; None where they are the same up to a tie."""
-        for i, (ours, token) in enumerate(zip(tokens, self.tokens, strict=False)):
+        for i, (ours, token) in enumerate(zip_longest(tokens, self.tokens)):
             if ours != token:
                 return (
                     None if self.margins[i] < TIE else f"{i}: {ours!r}, not {token!r}, by {self.margins[i]}"
