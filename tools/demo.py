@@ -14,7 +14,7 @@ from openai import OpenAI
 
 from local import running
 from local.endpoint import Endpoint
-from tools.models import local_env
+from tools.models import real_env
 
 WORKER = "sentence-transformers"
 SENTENCES = [
@@ -53,7 +53,7 @@ def main() -> None:
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"  # a proxy cannot reach this machine's own
     version = importlib.metadata.version("runpod")
     print(f"Starting workers/{WORKER} under the local platform, with runpod {version} in production mode ...")
-    with running(WORKER, env=local_env(WORKER)) as platform:
+    with running(WORKER, env=real_env(WORKER)) as platform:
         worker = platform.workers[0]
         print("\nCold start, seconds")
         for name, seconds in worker.phases.items():

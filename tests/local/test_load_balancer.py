@@ -26,7 +26,7 @@ from local.examples import http_commands, openai_example
 from local.platform import ROOT
 from tests.helpers import wait_until
 from tests.local.conftest import HANDLERS
-from tools.models import local_env
+from tools.models import real_env
 
 pytestmark = pytest.mark.engine
 
@@ -258,7 +258,7 @@ def test_the_examples_that_serve_prints_work(
 
 def test_the_command_line_serves_a_real_worker() -> None:
     command = [sys.executable, "-m", "local", "serve", "sentence-transformers", "--mode=http", "--port=0"]
-    env = os.environ | local_env("sentence-transformers")
+    env = os.environ | real_env("sentence-transformers")
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     with subprocess.Popen(command, cwd=ROOT, env=env, **pipes) as server:
         assert server.stdout is not None

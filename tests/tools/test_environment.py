@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 from tools import environment
+from tools.workers import worker_names
 
 
 def test_set_up_names_the_python_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,11 +32,24 @@ def test_set_up_without_a_package_index_says_so(tmp_path: Path, monkeypatch: pyt
 def test_a_fresh_environment_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").touch()
-    (tmp_path / ".made").write_text(environment.fingerprint())
+    (tmp_path / ".made").write_text(environment.fingerprint("a==1", "torch==2"))
     monkeypatch.setattr(environment, "install", lambda *_, **__: pytest.fail("installed again"))
-    environment.main(tmp_path)
+    assert environment.make(tmp_path, "a==1", "torch==2", title="packages", steps=1) is None
     monkeypatch.setenv("TORCH_INDEX", "https://example.com")
-    assert (tmp_path / ".made").read_text() != environment.fingerprint()
+    assert (tmp_path / ".made").read_text() != environment.fingerprint("a==1", "torch==2")
+
+
+@pytest.mark.parametrize("worker", worker_names())
+def test_a_workers_environment_has_its_lock_without_cuda(worker: str) -> None:
+    packages, torch = environment.run_packages(worker)
+    pins = dict(re.findall(r"^([a-z0-9._-]+)==(\S+)", packages, re.MULTILINE))
+    lock = environment.entries(environment.ROOT / "workers" / worker / "requirements.txt")
+    missing = {name for name in lock if name not in pins}
+    assert missing <= {"nvidia-cublas-cu12", *environment.BESIDE_TORCH}
+    assert set(environment.EXTRAS) <= set(pins)
+    assert packages.count("==") - packages.count(" == ") <= packages.count(" --hash=sha256:")
+    assert torch.startswith("torch==") == (worker != "vllm")
+    assert ("torchvision==" in torch, "torchaudio==" in torch) == (worker == "llava", worker == "xtts")
 
 
 @pytest.mark.parametrize("loads", [True, False])

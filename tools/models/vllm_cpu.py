@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+from pathlib import Path
+
 from tools import environment
+from tools.models import tiny_causal
 from tools.workers import ROOT
 
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
@@ -25,3 +30,12 @@ def engine_env() -> dict[str, str]:
         "DTYPE": "float32",
         "VLLM_CPU_KVCACHE_SPACE": "1",
     }
+
+
+def make_model(folder: Path) -> None:
+    """tiny_causal.make_for_engines, in .venv-vllm where this process has no torch."""
+    if importlib.util.find_spec("torch"):
+        tiny_causal.make_for_engines(folder)
+        return
+    code = f"from tools.models.tiny_causal import *; make_for_engines(Path({str(folder)!r}))"
+    subprocess.run([PYTHON, "-c", code], cwd=ROOT, check=True)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import error, error_of, openai, send
-from tools.models import local_env
+from tools.models import real_env
 from tools.workers import ROOT, load_handler
 
 pytestmark = pytest.mark.engine
@@ -26,7 +26,7 @@ def worker() -> ModuleType:
     """The handler's module with the real model loaded, as `prepare()` leaves it."""
     module = load_handler("sentence-transformers")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in local_env("sentence-transformers").items():
+        for name, value in real_env("sentence-transformers").items():
             patch.setenv(name, value)
         module.prepare()
     return module

@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers import run_examples
 from tests.shared.http.servers import Server, running
-from tools.models import local_env
+from tools.models import real_env
 
 pytestmark = pytest.mark.engine
 NAME = "all-MiniLM-L6-v2"
@@ -23,7 +23,7 @@ TEXTS = ["A man is eating.", "Someone eats a meal."]
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     with running(
-        module="workers.sentence-transformers.handler", **local_env("sentence-transformers")
+        module="workers.sentence-transformers.handler", **real_env("sentence-transformers")
     ) as server:
         yield server
 
