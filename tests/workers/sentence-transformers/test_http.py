@@ -51,7 +51,7 @@ def test_embeddings_as_numbers_and_base64(server: Server, client: openai.OpenAI)
     assert [(set(row), row["object"], row["index"]) for row in body["data"]] == [
         ({"object", "embedding", "index"}, "embedding", index) for index in (0, 1)
     ]
-    assert body["usage"] == {"prompt_tokens": 13, "total_tokens": 13}
+    assert body["usage"] == {"prompt_tokens": 14, "total_tokens": 14}
     np.testing.assert_allclose([row["embedding"] for row in body["data"]], native, atol=1e-5)
     assert answer.headers["x-inference-time"].isdecimal()
     metrics = httpx.get(f"{server.url}/metrics").text
