@@ -29,11 +29,11 @@ WORDS = "the of and to in is was for that with his on be at by had not are but f
 class Case:
     """A worker, the shape of its model, and its requests.
 
-    write: makes a small model and all its files; its argument says whether the real sizes follow. model_class:
-    of transformers. sizes: of the configuration. request: the input of a job, by its number and whether it is
-    tiny. encoder: a pattern of the weights that each position of a job is multiplied with once; positions: how
-    many, by the answer, 0 for the tokens of its text. decoder: the weights that each step reads; tokens: how
-    many steps. env: settings of the worker.
+    write: makes a small model and all its files; its argument says whether the real sizes follow.
+    model_class: of transformers. sizes: of the configuration. request: the input of a job, by its number and
+    whether it is tiny. encoder: a pattern of the weights that each position of a job is multiplied with once;
+    positions: how many, by the answer, 0 for the tokens of its text. decoder: the weights that each step
+    reads; tokens: how many steps. env: settings of the worker.
     """
 
     shape: str
@@ -112,7 +112,7 @@ def write_whisper(folder: Path, real: bool) -> None:
     if real:  # large-v3 has 50,257 tokens of text
         tiny_whisper.make(folder, mels=128, vocabulary=50_257, taught=False)
     else:
-        tiny_whisper.make(folder, width=64, taught=False, positions=64)
+        tiny_whisper.make(folder, width=64, taught=False)
 
 
 def write_florence2(folder: Path, real: bool) -> None:
