@@ -30,7 +30,7 @@ DEPLOY = $(PY) -m deploy $(1) $(2) $(call given,NAME,--name '$(NAME)') $(call gi
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-fast test-soak quality test-locks test-images test-vllm \
-        lint fmt bench docs lock new-worker clean build push \
+        lint fmt bench check-gpu docs lock new-worker clean build push \
         $(foreach verb,run serve build push shell $(DEPLOY_VERBS) size hub-export,$(WORKERS:%=$(verb)-%))
 
 ##@ Try it
@@ -67,6 +67,9 @@ fmt: $(MADE) ## Format the code and mend what can be mended
 	@$(BIN)/ruff format --quiet .
 bench: $(MADE) $(MADE_VLLM) ## This project beside the naive handlers and other servers (see benchmarks/)
 	@$(PY) -m benchmarks $(ARGS)
+check-gpu: $(MADE) ## With an NVIDIA GPU: are the workers right and fast (WORKERS="whisper llava" MINUTES=10)
+	@$(PY) -m benchmarks.gpu $(if $(filter command,$(origin WORKERS)),$(WORKERS)) \
+	  --minutes $(or $(MINUTES),10) $(if $(MODEL_NAME),--model $(MODEL_NAME)) $(ARGS)
 docs: $(MADE) ## Write what is generated: tables in the READMEs, the kept copy of the bake file's targets
 	@$(PY) -m tools.docs
 	@! docker buildx version >/dev/null 2>&1 || $(PY) -m tools.bake

@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing, contextmanager
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,21 +26,14 @@ from serving.continuous_batching.sampling import SamplingParams
 Asked = Sequence[tuple[list[int], int]]  # prompts and the tokens of their answers
 Answers = tuple[float, list[float], list[list[int]]]  # seconds of all, latencies, tokens
 
-name, tokens = sys.argv[1], int(sys.argv[2])
-wanted = json.load(sys.stdin)
-tokenizer = AutoTokenizer.from_pretrained(name)
-even: Asked = [(tokenizer(text)["input_ids"], tokens) for text in wanted["even"]]
-mixed: Asked = [(tokenizer(text)["input_ids"], most) for text, most in wanted["mixed"]]
-gap: float = wanted["gap"]
 
-
-def load(attention: str) -> AutoModelForCausalLM:
+def load(name: str, attention: str) -> AutoModelForCausalLM:
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation=attention)
     model.generation_config.eos_token_id = None
     return model.eval()
 
 
-def generate(model: AutoModelForCausalLM, ids: list[int]) -> tuple[float, list[int]]:
+def generate(model: AutoModelForCausalLM, ids: list[int], tokens: int) -> tuple[float, list[int]]:
     begin = time.perf_counter()
     out = model.generate(
         torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=tokens, do_sample=False,
@@ -50,8 +43,8 @@ def generate(model: AutoModelForCausalLM, ids: list[int]) -> tuple[float, list[i
 
 
 class Engine:
-    def __init__(self, model: AutoModelForCausalLM) -> None:
-        self.generator = Generator(model, tokenizer)
+    def __init__(self, model: AutoModelForCausalLM, tokenizer: AutoTokenizer, **settings: int) -> None:
+        self.generator = Generator(model, tokenizer, **settings)
         self.generator.eos_token_ids = frozenset()
 
     def run(self, asked: Asked, gap: float) -> Answers:
@@ -77,8 +70,8 @@ class Engine:
 
 
 @contextmanager
-def engine(model: AutoModelForCausalLM) -> Iterator[Engine]:
-    made = Engine(model)
+def engine(model: AutoModelForCausalLM, tokenizer: AutoTokenizer, **settings: int) -> Iterator[Engine]:
+    made = Engine(model, tokenizer, **settings)
     yield made
     made.generator.close()
 
@@ -111,16 +104,19 @@ class Manager:
 
 
 @contextmanager
-def continuous(model: AutoModelForCausalLM) -> Iterator[Manager]:
+def continuous(
+    model: AutoModelForCausalLM, tokens: int, settings: ContinuousBatchingConfig
+) -> Iterator[Manager]:
     config = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    settings = ContinuousBatchingConfig(num_blocks=256, page_size=32, max_batch_tokens=512)
     with model.continuous_batching_context_manager(
         generation_config=config, continuous_batching_config=settings
     ) as manager:
         yield Manager(manager)
 
 
-def measure(runs: Engine | Manager, expected: list[list[int]]) -> dict[str, object]:
+def measure(
+    runs: Engine | Manager, even: Asked, mixed: Asked, gap: float, expected: list[list[int]]
+) -> dict[str, object]:
     runs.run([(even[0][0][:2], 2)], 0)
     one = statistics.median(runs.run(even[:1], 0)[0] for _ in range(3))
     took, _, made = runs.run(even, 0)
@@ -128,17 +124,33 @@ def measure(runs: Engine | Manager, expected: list[list[int]]) -> dict[str, obje
     return {"one": one, "even": took, "mixed": runs.run(mixed, gap)[1], "wrong": wrong}
 
 
-model = load("sdpa")
-expected = [generate(model, ids)[1] for ids, _ in even]
-found: dict[str, object] = {"generate": statistics.median(generate(model, even[0][0])[0] for _ in range(3))}
-for label, opened, attention in (
-    ("engine", engine, "sdpa"),
-    ("continuous sdpa", continuous, "sdpa"),
-    ("continuous eager", continuous, "eager"),
-):
-    try:
-        with opened(load(attention)) as runs:
-            found[label] = measure(runs, expected)
-    except Exception as error:
-        print(f"{label}: {error!r}", file=sys.stderr)
-print(json.dumps(found))
+def main() -> None:
+    name, tokens = sys.argv[1], int(sys.argv[2])
+    wanted = json.load(sys.stdin)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    even: Asked = [(tokenizer(text)["input_ids"], tokens) for text in wanted["even"]]
+    mixed: Asked = [(tokenizer(text)["input_ids"], most) for text, most in wanted["mixed"]]
+    model = load(name, "sdpa")
+    expected = [generate(model, ids, tokens)[1] for ids, _ in even]
+    lone = statistics.median(generate(model, even[0][0], tokens)[0] for _ in range(3))
+    found: dict[str, object] = {"generate": lone}
+
+    def manager(model: AutoModelForCausalLM) -> AbstractContextManager[Manager]:
+        settings = ContinuousBatchingConfig(num_blocks=256, page_size=32, max_batch_tokens=512)
+        return continuous(model, tokens, settings)
+
+    for label, opened, attention in (
+        ("engine", lambda model: engine(model, tokenizer), "sdpa"),
+        ("continuous sdpa", manager, "sdpa"),
+        ("continuous eager", manager, "eager"),
+    ):
+        try:
+            with opened(load(name, attention)) as runs:
+                found[label] = measure(runs, even, mixed, wanted["gap"], expected)
+        except Exception as error:
+            print(f"{label}: {error!r}", file=sys.stderr)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 NAME = os.environ["MODEL_NAME"]
+device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(NAME)
-model = AutoModelForCausalLM.from_pretrained(NAME, dtype=torch.float32).eval()
+model = AutoModelForCausalLM.from_pretrained(NAME, dtype=dtype).to(device).eval()
 
 
 def handler(job: dict[str, Any]) -> dict[str, Any]:

@@ -13,11 +13,13 @@ import torch
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline
 
 NAME = os.environ["MODEL_NAME"]
+device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 processor = AutoProcessor.from_pretrained(NAME)
-model = AutoModelForSpeechSeq2Seq.from_pretrained(NAME, dtype=torch.float32)
+model = AutoModelForSpeechSeq2Seq.from_pretrained(NAME, dtype=dtype)
 recognise = pipeline(
     "automatic-speech-recognition",
     model=model,
+    device=device,
     tokenizer=processor.tokenizer,
     feature_extractor=processor.feature_extractor,
 )
