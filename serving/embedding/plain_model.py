@@ -30,7 +30,7 @@ TEXT_ONLY = {
 }
 
 
-class TextTransformer(torch.nn.Module):
+class TextTransformer(torch.nn.Module):  # type: ignore[misc]
     """Token ids to the last hidden state, as `token_embeddings`, (batch, seq, hidden)."""
 
     modality_config: ClassVar[dict[str, Any]] = {"text": {}}  # which kinds of input it takes
@@ -45,7 +45,7 @@ class TextTransformer(torch.nn.Module):
         return {**features, "token_embeddings": hidden}
 
 
-class Pooling(torch.nn.Module):
+class Pooling(torch.nn.Module):  # type: ignore[misc]
     """Token embeddings to `sentence_embedding`, (batch, hidden). pooling_mode: mean, cls or lasttoken."""
 
     def __init__(self, pooling_mode: str) -> None:
@@ -64,7 +64,7 @@ class Pooling(torch.nn.Module):
         return {**features, "sentence_embedding": embedding}
 
 
-class Normalize(torch.nn.Module):
+class Normalize(torch.nn.Module):  # type: ignore[misc]
     """`sentence_embedding` to length 1."""
 
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Normalize(torch.nn.Module):
         return {**features, "sentence_embedding": embedding}
 
 
-class PlainModel(torch.nn.Sequential):
+class PlainModel(torch.nn.Sequential):  # type: ignore[misc]
     """TextTransformer, Pooling and perhaps Normalize, with the attributes of SentenceTransformer that Encoder
     reads.
     """
@@ -182,4 +182,5 @@ def load_plain(path: Path, *, device: torch.device, dtype: torch.dtype) -> Plain
     if plan.normalize:
         modules.append(Normalize())
     model = PlainModel(modules, tokenizer, config.hidden_size, plan.prompts, plan.default_prompt_name)
-    return model.to(device).eval()
+    model.to(device).eval()
+    return model
