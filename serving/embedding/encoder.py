@@ -12,13 +12,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from sentence_transformers import SentenceTransformer
 
 from serving.dynamic_batching import DynamicBatcher
+from serving.embedding.plain_model import PlainModel, load_plain
 from serving.embedding.tokenization import (
     batch_tokens,
     check_repeated,
@@ -33,6 +33,9 @@ from shared import startup
 from shared.device import parallel_batches, pick_device, share_cores
 from shared.errors import invalid, not_finite
 
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
 
 @dataclass(frozen=True, slots=True)
 class Text:
@@ -45,16 +48,17 @@ class Text:
 
 
 class Encoder:
-    """A SentenceTransformer that tokenizes outside of the engine thread and batches across jobs.
+    """An embedding model that tokenizes outside of the engine thread and batches across jobs.
 
     Gives what `SentenceTransformer.encode` gives. Models whose first module is not a plain text transformer
     (static embeddings, chat templates, flash attention without padding) run through `encode` itself.
     """
 
-    def __init__(self, model: SentenceTransformer, *, budget: int) -> None:
+    def __init__(self, model: SentenceTransformer | PlainModel, *, budget: int) -> None:
         """budget: tokens in one padded batch."""
         self.model = model
-        self.dimensions: int = model.get_embedding_dimension() or len(model.encode("a"))
+        dimensions = model.get_embedding_dimension()
+        self.dimensions: int = dimensions or len(cast("SentenceTransformer", model).encode("a"))
         self.max_tokens: int | None = model.max_seq_length
         self.prompts: dict[str, str] = model.prompts
         self.default_prompt: str | None = self.prompts.get(model.default_prompt_name or "")
@@ -197,7 +201,7 @@ class Encoder:
         """The embeddings of one batch, on an engine thread."""
         share_cores(self._threads, self.batcher.running)
         if not self.takes_tokens:
-            embeddings = self.model.encode(
+            embeddings = cast("SentenceTransformer", self.model).encode(
                 [text.text for text in texts], prompt="", batch_size=len(texts), convert_to_tensor=True
             )
             return list(embeddings.float().cpu().numpy())
@@ -234,17 +238,25 @@ def load_encoder(
 ) -> Encoder:
     """The encoder of the model in the folder `path`.
 
-    budget: tokens in one padded batch; None: what suits the device. Logs the phase load.
+    budget: tokens in one padded batch; None: what suits the device. Logs the phase load, which holds the
+    import of sentence_transformers for a model that is not of the usual form.
     Raises StartError where a new attempt would fail too.
     """
+    torch_device, torch_dtype = pick_device(device, dtype)
+    tokens = batch_tokens(torch_device, budget)
     with startup.phase("load") as phase:
-        torch_device, torch_dtype = pick_device(device, dtype)
-        model = SentenceTransformer(
-            str(path),
-            device=str(torch_device),
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            model_kwargs={"dtype": torch_dtype},
-        ).eval()
-        phase.bytes = sum(weight.nbytes for weight in model.parameters())
-    return Encoder(model, budget=batch_tokens(torch_device, budget))
+        plain = load_plain(path, device=torch_device, dtype=torch_dtype)
+        encoder = Encoder(plain, budget=tokens) if plain else None
+        if encoder is None or not encoder.takes_tokens:
+            from sentence_transformers import SentenceTransformer
+
+            model = SentenceTransformer(
+                str(path),
+                device=str(torch_device),
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                model_kwargs={"dtype": torch_dtype},
+            ).eval()
+            encoder = Encoder(model, budget=tokens)
+        phase.bytes = sum(weight.nbytes for weight in encoder.model.parameters())
+    return encoder

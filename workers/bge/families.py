@@ -13,6 +13,8 @@ from shared.errors import StartError
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from serving.embedding.plain_model import PlainModel
+
 
 @dataclass(frozen=True)
 class Family:
@@ -69,7 +71,7 @@ def choose_prompts(own: dict[str, str], default: str | None, family: Family | No
     return {"query": family.query, "document": family.document}
 
 
-def set_pooling(model: SentenceTransformer, family: Family | None, *, own: bool) -> str | None:
+def set_pooling(model: SentenceTransformer | PlainModel, family: Family | None, *, own: bool) -> str | None:
     """The model's pooling, which becomes the family's unless its files define their own."""
     poolings = [module for module in model if hasattr(module, "pooling_mode")]
     if not poolings:
