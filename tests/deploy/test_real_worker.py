@@ -18,6 +18,6 @@ def test_deploy_ends_in_the_answer_of_the_worker(runpod: Account, cli: Cli, type
     result = cli.json("deploy", "--tag=1.0.0", f"--type={type_}", env={"MAX_BATCH_TOKENS": "512"})
     assert result["exit"] == 0, cli.err
     first, second = result["output"]["embeddings"]
-    assert len(first) == len(second) > 100
+    assert len(first) == len(second) == 32  # the tiny model
     assert cli("destroy", "--yes") == 0
     assert not runpod.named(WORKER)
