@@ -131,7 +131,10 @@ UNSERVED: dict[str, Any] = {
     "return_tokens_as_token_ids": False, "routed_experts_prompt_start": 0,
     "kv_transfer_params": None, "ec_transfer_params": None,
     # transformers'
-    "num_beams": 1,
+    "num_beams": 1, "max_new_tokens": None, "min_new_tokens": None, "min_length": 0, "typical_p": 1,
+    "no_repeat_ngram_size": 0, "penalty_alpha": None, "epsilon_cutoff": 0, "eta_cutoff": 0,
+    # TGI's and llama.cpp's
+    "grammar": None, "json_schema": None, "top_n_tokens": None, "top_a": 0, "mirostat": 0,
 }  # fmt: skip
 """Fields that would change the answer, each with a value that does not. None: no other value than null."""
 

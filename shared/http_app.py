@@ -18,9 +18,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from shared import telemetry
 from shared.admission import Admission
 from shared.errors import JobError
-from shared.http_docs import MODELS, NATIVE, Documentation
+from shared.http_docs import NATIVE, Documentation
 from shared.http_response import JobResponse, error_response
 from shared.jobs import JobHandler
+from shared.openai import MODELS, find_model
 from shared.requests import validate
 from shared.results import to_plain
 
@@ -104,12 +105,7 @@ def make_app(
 
     async def retrieve_model(request: Request) -> Response:
         name = request.path_params["name"]
-        models = (await listed_models(request))["data"]
-        if model := next((each for each in models if each["id"] == name), None):
-            return JSONResponse(model)
-        names = ", ".join(model["id"] for model in models)
-        message = f"model: {name[:200]!r} is not served here. Use {names}."
-        raise JobError(message, param="model", code="model_not_found")
+        return JSONResponse(find_model(await listed_models(request), name))
 
     add(NATIVE, None)
     for path, model in handler.routes.items():

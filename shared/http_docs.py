@@ -8,10 +8,9 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter
 
 from shared.jobs import EVENTS, JSON, JobHandler
-from shared.openai import Model, ModelList, ModelsRequest
+from shared.openai import MODELS, Model, ModelList, ModelsRequest
 
 NATIVE = "/runsync"
-MODELS = "/v1/models"  # the only GET among the routes
 Schema = dict[str, Any]
 STATUSES = {
     400: "A field is wrong, or the body is no JSON object or form; `param` names the field",

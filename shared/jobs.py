@@ -23,6 +23,7 @@ from shared import telemetry
 from shared.device import empty_cache, is_cuda_broken, is_out_of_memory
 from shared.errors import ENGINE_DIED, JobError, engine_died, invalid
 from shared.logs import job_id, log
+from shared.openai import RetrieveModelRequest, find_model
 from shared.requests import Request, parse
 from shared.results import EVENTS, JSON, Result, has_bucket, posted_size, to_plain, too_large, upload
 from shared.settings import WorkerSettings
@@ -128,7 +129,7 @@ class JobHandler:
                 if self.streams(request, job):
                     message = "this endpoint has STREAMING=false. Leave stream out."
                     raise invalid("stream", message, "unsupported")
-                answer = await self.work(request, job)
+                answer = await self._complete(request, job)
                 record.observe_answer(answer)
                 result = await self.finish(answer, job)
             except Exception as error:
@@ -149,7 +150,7 @@ class JobHandler:
             try:
                 request = parse(data.get("input"), self.requests, self.routes)
                 if not self.streams(request, job) or self.stream_work is None:
-                    answer = await self.work(request, job)
+                    answer = await self._complete(request, job)
                     record.observe_answer(answer)
                     yield await self.finish(answer, job)
                 else:
@@ -173,6 +174,12 @@ class JobHandler:
                 yield {"error": problem.json()}
                 return
         self.succeeded()
+
+    async def _complete(self, request: BaseModel, job: Job) -> Any:
+        answer = await self.work(request, job)
+        if isinstance(request, RetrieveModelRequest):
+            return find_model((await to_plain(answer))[0], request.id)
+        return answer
 
     def succeeded(self) -> None:
         """A job has ended well: those that ran out of memory before it are not in a row with a later one."""

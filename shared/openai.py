@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from shared.errors import invalid
+from shared.errors import JobError, invalid
+
+MODELS = "/v1/models"
 
 
 class OpenAIRequest(BaseModel):
@@ -28,6 +30,12 @@ class OpenAIRequest(BaseModel):
 
 class ModelsRequest(OpenAIRequest):
     """GET /v1/models has no body."""
+
+
+class RetrieveModelRequest(ModelsRequest):
+    """GET /v1/models/{id}: a worker lists its models, and `find_model` picks the one."""
+
+    id: str
 
 
 class Model(BaseModel):
@@ -52,6 +60,16 @@ def model_list(*names: str) -> ModelList:
             Model(id=name, created=_started, owned_by=name.rpartition("/")[0] or "runpod") for name in names
         ]
     )
+
+
+def find_model(listed: dict[str, Any], name: str) -> dict[str, Any]:
+    """The model `name` of a worker's plain answer of /v1/models. Raises JobError(code="model_not_found")."""
+    models: list[dict[str, Any]] = listed["data"]
+    if model := next((each for each in models if each["id"] == name), None):
+        return model
+    served = ", ".join(each["id"] for each in models)
+    message = f"model: {name[:200]!r} is not served here. Use {served}."
+    raise JobError(message, param="model", code="model_not_found")
 
 
 def check_model(name: str | None, *served: str) -> None:

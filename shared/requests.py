@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
+from urllib.parse import unquote
 
 from pydantic import (
     BaseModel,
@@ -18,6 +19,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, core_schema
 
 from shared.errors import JobError
+from shared.openai import MODELS, RetrieveModelRequest
 
 
 class Request(BaseModel):
@@ -68,6 +70,8 @@ def parse(
         return validate(pick_request_model(requests, payload), payload)
     route = payload.get("openai_route")
     path = route.partition("?")[0].rstrip("/") if isinstance(route, str) else ""
+    if MODELS in routes and path.startswith(f"{MODELS}/"):
+        return RetrieveModelRequest(id=unquote(path.removeprefix(f"{MODELS}/")))
     if path not in routes:
         served = " or ".join(routes) if routes else "this worker's own input: it has no OpenAI routes"
         raise JobError(

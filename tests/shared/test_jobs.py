@@ -14,6 +14,7 @@ import pytest
 from shared.errors import ENGINE_DIED, JobError, engine_died
 from shared.jobs import Job, JobHandler, Request, job_handler, start_config
 from shared.logs import job_id
+from shared.openai import ModelsRequest, model_list
 from shared.settings import WorkerSettings
 from tests.helpers import error, error_of, send, sse_events, stream, until
 
@@ -51,6 +52,27 @@ def answering(*parts: Any) -> JobHandler:
             yield part
 
     return handler
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_one_model_of_those_that_are_listed(streaming: bool) -> None:
+    """`client.models.retrieve` asks for /v1/models/{id}; an id may have slashes, which some clients quote."""
+
+    @job_handler(Ask, routes={"/v1/models": ModelsRequest})
+    async def handler(request: Ask | ModelsRequest, job: Job) -> Any:
+        return model_list("org/base", "adapter")
+
+    async def ask(route: str) -> Any:
+        if streaming:
+            return (await stream(handler, openai_route=route))[0]
+        return await send(handler, openai_route=route)
+
+    for route in ("/v1/models/org/base", "/v1/models/org%2Fbase"):
+        assert (await ask(route))["id"] == "org/base"
+    assert {model["id"] for model in (await ask("/v1/models"))["data"]} == {"org/base", "adapter"}
+    problem = error_of(await ask("/v1/models/other"))
+    assert (problem["param"], problem["code"]) == ("model", "model_not_found")
+    assert "org/base, adapter" in problem["message"]
 
 
 async def test_the_work_receives_the_request_and_its_job() -> None:
