@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import socket
 import threading
@@ -159,6 +160,16 @@ def read_answers(connection: socket.socket, count: int) -> bytes:
             break
         data += received
     return data
+
+
+def test_pipelined_requests_are_answered_in_their_order(server: Server) -> None:
+    with server.connect() as connection:
+        for text in ("one", "two", "three"):
+            body = json.dumps({"input": {"text": text, "seconds": 0.1 if text == "one" else 0}}).encode()
+            head = f"POST /runsync HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body)
+        answers = read_answers(connection, 3)
+    assert re.findall(rb'"text":"(\w+)"', answers) == [b"one", b"two", b"three"]
 
 
 # ---- the end ----------------------------------------------------------------------------------------------
