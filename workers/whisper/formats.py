@@ -16,7 +16,6 @@ from .schemas import (
     ResponseFormat,
     Segment,
     Task,
-    TranscriptionRequest,
     TranslationRequest,
     WhisperRequest,
     WhisperResponse,
@@ -93,21 +92,18 @@ def respond(
 
 
 def respond_openai(
-    request: TranslationRequest, task: Task, transcript: Transcript, language_name: str
+    request: TranslationRequest, transcript: Transcript, language_name: str
 ) -> OpenAIText | OpenAIVerbose | str:
     """The answer to OpenAI's request."""
     if request.response_format == "json":
         return OpenAIText(text=transcript.text, usage=DurationUsage(seconds=transcript.duration))
-    granularities = (
-        request.timestamp_granularities if isinstance(request, TranscriptionRequest) else ["segment"]
-    )
     return format_transcript(
         transcript,
         request.response_format,
-        task,
+        request.task,
         language_name=language_name,
-        segments="segment" in granularities,
-        words="word" in granularities,
+        segments="segment" in request.granularities,
+        words=request.wants_words,
     )
 
 

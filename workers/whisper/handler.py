@@ -126,10 +126,9 @@ async def handler(
         language_name = transcriber.tokenizer.language_name(transcript.language)
         return respond(request, transcript, language_name, model=model.name, revision=model.revision)
     check_model(request.model, model.name)
-    worker_request = request.to_worker_request()
-    transcript = await transcriber.transcribe(worker_request, param="file", on_progress=on_progress)
+    transcript = await transcriber.transcribe(request, param="file", on_progress=on_progress)
     language_name = transcriber.tokenizer.language_name(transcript.language)
-    answer = respond_openai(request, worker_request.task, transcript, language_name)
+    answer = respond_openai(request, transcript, language_name)
     if not isinstance(answer, str):
         return answer
     telemetry.observe("audio_seconds", transcript.duration)  # a text does not state it
@@ -149,7 +148,7 @@ async def stream(
         parts = stream_segments(request, chunks, model=model.name, revision=model.revision)
     else:
         check_model(request.model, model.name)
-        parts = stream_events(model.transcriber.stream(request.to_worker_request(), param="file"))
+        parts = stream_events(model.transcriber.stream(request, param="file"))
     async with aclosing(parts):
         async for part in parts:
             yield part

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
@@ -102,6 +103,10 @@ class WhisperRequest(Request):
         return self
 
     @property
+    def spoken_language(self) -> str | None:
+        return self.language
+
+    @property
     def wants_words(self) -> bool:
         return self.word_timestamps or self.timestamps == "word"
 
@@ -165,6 +170,14 @@ def _as_list(value: Any) -> Any:
 
 
 class TranslationRequest(OpenAIRequest):
+    """OpenAI's request, which the transcriber reads as it is: what OpenAI has no field for is constant."""
+
+    task: ClassVar[Task] = "translate"
+    fallback: ClassVar[bool] = True
+    beam_size: ClassVar[int] = 1
+    clip_start: ClassVar[float] = 0.0
+    clip_end: ClassVar[float | None] = None
+
     file: MediaSource = Field(description="The audio file: base64, a `data:` URI or an http(s) URL")
     model: str | None = Field(None, description="The served model's name")
     prompt: str | None = Field(None, max_length=4000, description="Text before the audio")
@@ -174,24 +187,31 @@ class TranslationRequest(OpenAIRequest):
     stream: Stream = Field(False, description="Send the text in events, as it is recognised")
 
     @model_validator(mode="after")
-    def _streams_text(self) -> TranslationRequest:
+    def _streams_text(self) -> Self:
         if self.stream and self.response_format not in ("json", "text"):
             raise invalid("response_format", "a stream has events of text. Leave response_format out.")
         return self
 
-    def to_worker_request(self) -> WhisperRequest:
-        """The same request in the worker's own fields."""
-        return WhisperRequest(
-            audio=self.file,
-            task="translate",
-            response_format=self.response_format,
-            prompt=self.prompt,
-            temperature=self.temperature,
-            vad=self.vad,
-        )
+    @property
+    def audio(self) -> str | bytes:
+        return self.file
+
+    @property
+    def spoken_language(self) -> str | None:
+        return None
+
+    @property
+    def granularities(self) -> Sequence[Granularity]:
+        return ["segment"]
+
+    @property
+    def wants_words(self) -> bool:
+        return "word" in self.granularities
 
 
 class TranscriptionRequest(TranslationRequest):
+    task: ClassVar[Task] = "transcribe"
+
     language: str | None = Field(None, description="Spoken language; unset: detected")
     timestamp_granularities: Annotated[
         Granularities, BeforeValidator(_as_list, json_schema_input_type=Granularity | Granularities)
@@ -207,19 +227,22 @@ class TranscriptionRequest(TranslationRequest):
         return value
 
     @model_validator(mode="after")
-    def _words_only_in_verbose_json(self) -> TranscriptionRequest:
+    def _words_only_in_verbose_json(self) -> Self:
         if "word" in self.timestamp_granularities and self.response_format != "verbose_json":
             message = "words are returned only with response_format verbose_json."
             raise invalid("timestamp_granularities", message)
         return self
 
-    def to_worker_request(self) -> WhisperRequest:
-        update = {
-            "task": "transcribe",
-            "language": self.language or None,
-            "word_timestamps": "word" in self.timestamp_granularities,
-        }
-        return super().to_worker_request().model_copy(update=update)
+    @property
+    def spoken_language(self) -> str | None:
+        return self.language or None
+
+    @property
+    def granularities(self) -> Sequence[Granularity]:
+        return self.timestamp_granularities
+
+
+AnyRequest = WhisperRequest | TranslationRequest
 
 
 class DurationUsage(BaseModel):

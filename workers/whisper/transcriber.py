@@ -19,7 +19,7 @@ from shared.errors import invalid
 from .chunking import Span, chunk_audio, detect_speech
 from .engine import SAMPLE_RATE, DecodeRequest, DecodeResult, Engine, Samples
 from .progress import OnProgress, Progress
-from .schemas import WhisperRequest
+from .schemas import AnyRequest
 from .segments import is_silence, likeliest, needs_fallback, split_segments
 from .tokenizer import WhisperTokenizer
 from .transcript import Transcript
@@ -82,7 +82,7 @@ class Transcriber:
         )
 
     async def transcribe(
-        self, request: WhisperRequest, *, param: str = "audio", on_progress: OnProgress | None = None
+        self, request: AnyRequest, *, param: str = "audio", on_progress: OnProgress | None = None
     ) -> Transcript:
         """All of the speech in the request's audio; see `stream`."""
         async with aclosing(self.stream(request, param=param, on_progress=on_progress)) as chunks:
@@ -92,22 +92,21 @@ class Transcriber:
         return transcript
 
     async def stream(
-        self, request: WhisperRequest, *, param: str = "audio", on_progress: OnProgress | None = None
+        self, request: AnyRequest, *, param: str = "audio", on_progress: OnProgress | None = None
     ) -> AsyncGenerator[Transcript, None]:
         """The transcript of each chunk in order, as soon as it is recognised; before them, an empty one.
 
         param: the field in which the client sent the audio. on_progress: called on the event loop while a
         long request runs. Raises JobError.
         """
-        code = self.tokenizer.language_code(request.language, request.task)
-        request = request.model_copy(update={"language": code})
+        language = self.tokenizer.language_code(request.spoken_language, request.task)
         prompt = await asyncio.to_thread(self.tokenizer.encode_prompt, request.prompt)
         samples = await self._load_audio(request.audio, param)
         duration = round(len(samples) / SAMPLE_RATE, 3)
         if request.clip_start and request.clip_start >= duration:
             message = f"{request.clip_start:g}, and the audio has {duration:g} seconds."
             raise invalid("clip_start", message)
-        yield Transcript(language=code, duration=duration)
+        yield Transcript(language=language, duration=duration)
         start = int(request.clip_start * SAMPLE_RATE)
         end = len(samples) if request.clip_end is None else int(request.clip_end * SAMPLE_RATE)
         samples = samples[start:end]
@@ -117,11 +116,13 @@ class Transcriber:
             samples,
             speech,
             max_seconds=self.chunk_seconds,
-            first_speech_alone=request.language is None,
+            first_speech_alone=language is None,
         )
         segments = 0
         audio = Audio(samples, speech or [], request.clip_start)
-        async with aclosing(self._transcribe_chunks(audio, chunks, request, prompt, on_progress)) as parts:
+        async with aclosing(
+            self._transcribe_chunks(audio, chunks, request, language, prompt, on_progress)
+        ) as parts:
             async for part in parts:
                 for index, segment in enumerate(part.segments, segments):
                     segment.id = index
@@ -138,7 +139,8 @@ class Transcriber:
         self,
         audio: Audio,
         chunks: list[Span],
-        request: WhisperRequest,
+        request: AnyRequest,
+        language: str | None,
         prompt: list[int],
         on_progress: OnProgress | None,
     ) -> AsyncGenerator[Transcript, None]:
@@ -150,28 +152,28 @@ class Transcriber:
         # Features take a megabyte and more: enough for the batch that runs and the next.
         slots = asyncio.Semaphore(2 * self.batch_size)
 
-        async def run(chunk: Span, request: WhisperRequest) -> Transcript:
+        async def run(chunk: Span, language: str | None) -> Transcript:
             async with slots:
-                transcript = await self.transcribe_chunk(audio, chunk, request, prompt)
+                transcript = await self.transcribe_chunk(audio, chunk, request, language, prompt)
             progress.chunk_done(chunk)
             return transcript
 
         first: list[Transcript] = []
-        if request.language is None:
+        if language is None:
             for chunk in chunks[:LANGUAGE_CHUNKS]:
-                first.append(await run(chunk, request))
+                first.append(await run(chunk, language))
                 if first[-1].segments and (first[-1].language_probability or 1.0) >= LANGUAGE_PROBABILITY:
                     break
             spoken = [transcript for transcript in first if transcript.segments] or first
             surest = max(spoken, key=lambda t: t.language_probability or 0.0, default=None)
-            request = request.model_copy(update={"language": surest and surest.language})
+            language = surest.language if surest else None
         for chunk, transcript in zip(chunks, first, strict=False):
-            if transcript.segments and transcript.language != request.language:
-                transcript = await self.transcribe_chunk(audio, chunk, request, prompt)
+            if transcript.segments and transcript.language != language:
+                transcript = await self.transcribe_chunk(audio, chunk, request, language, prompt)
                 transcript.language_probability = surest.language_probability if surest else None
             yield transcript
         chunks = chunks[len(first) :]
-        tasks = [asyncio.create_task(run(chunk, request)) for chunk in chunks]
+        tasks = [asyncio.create_task(run(chunk, language)) for chunk in chunks]
 
         def cancel(_: object = None) -> None:
             for task in tasks:
@@ -191,24 +193,23 @@ class Transcriber:
         await progress.settled()
 
     async def transcribe_chunk(
-        self, audio: Audio, chunk: Span, request: WhisperRequest, prompt: list[int]
+        self, audio: Audio, chunk: Span, request: AnyRequest, language: str | None, prompt: list[int]
     ) -> Transcript:
         """The speech of one chunk. What a result leaves out at its end is decoded again from there on.
 
-        request: its language is a code, or None to be detected. prompt: token ids.
+        language: its code; None: detected. prompt: token ids.
         """
         start, end = chunk
-        transcript = Transcript(language=request.language)
+        transcript = Transcript(language=language)
         speech = audio.speech_in(chunk)
         windows = 0
         while start < end:
             windows += 1
             seconds = (end - start) / SAMPLE_RATE
-            result = await self.decode_with_fallback(audio.samples[start:end], request, prompt)
-            if request.language is None:
-                transcript.language = result.language
+            result = await self.decode_with_fallback(audio.samples[start:end], request, language, prompt)
+            if language is None:
+                language = transcript.language = result.language
                 transcript.language_probability = result.language_probability
-                request = request.model_copy(update={"language": result.language})
             if is_silence(result):
                 break
             segments, covered = split_segments(result.tokens, self.tokenizer.timestamp_begin, seconds)
@@ -234,7 +235,7 @@ class Transcriber:
         return transcript
 
     async def decode_with_fallback(
-        self, samples: Samples, request: WhisperRequest, prompt: list[int]
+        self, samples: Samples, request: AnyRequest, language: str | None, prompt: list[int]
     ) -> DecodeResult:
         """The result of a window at the first temperature that gives a probable text that does not repeat.
 
@@ -247,7 +248,7 @@ class Transcriber:
             decode_request = DecodeRequest(
                 features=features,
                 seconds=len(samples) / SAMPLE_RATE,
-                language=request.language,
+                language=language,
                 task=request.task,
                 prompt=prompt,
                 temperature=temperature,

@@ -232,7 +232,7 @@ async def test_long_audio_of_several_jobs(loaded: Any, monkeypatch: pytest.Monke
     files = [lecture(12, seed) for seed in (1, 2)]
     answers = await asyncio.gather(
         send(files[0][0], timestamps=True, language="en"),
-        send(files[1][0], timestamps=True, word_timestamps=True),
+        send(files[1][0], timestamps=True, word_timestamps=True, language="en"),
         *(send(sound(said.hertz)) for said in tiny.SAID),
     )
     for (samples, marks), answer in zip(files, answers, strict=False):
